@@ -1,0 +1,206 @@
+"""The decoder of Qwen2.5, Mistral and Llama: one function, different specs. The only file that knows Flax.
+
+`Decoder(spec).apply({"params": base, "lora": adapter}, tokens, positions, segments)` takes two plain nested dicts and
+returns hidden states. A projection whose path has leaves `a` and `b` in the "lora" collection adds `(x a) b` to its
+output; scale, rank and targets are nobody's business here. With a mutable "cache" collection the same call reads and
+writes keys and values of earlier tokens.
+
+Layers are stacked on a leading axis and scanned, so compile time and program size do not grow with depth, and each
+is rematerialised by a named policy.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from jaxlora.core.products import contract
+from jaxlora.models.attention import attention, rotate, visible
+from jaxlora.models.spec import DecoderSpec
+
+REMAT_POLICIES = {
+    "none": None,  # keep every activation
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the projections' outputs
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep each layer's input alone
+}
+
+_kernel_init = nn.initializers.normal(0.02)
+
+
+class Projection(nn.Module):
+    """y = x W (+ bias) (+ (dropout(x) a) b), in float32."""
+
+    features: int
+    use_bias: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T I"], lora_dropout: Float[Array, ""] | float | None
+    ) -> Float[Array, "B T O"]:
+        kernel = self.param("kernel", _kernel_init, (x.shape[-1], self.features), self.dtype)
+        y = contract("BTI,IO->BTO", x, kernel)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
+            y = y + bias.astype(jnp.float32)[None, None, :]
+        if self.has_variable("lora", "a"):
+            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            if lora_dropout is not None:
+                x = _dropout(x, lora_dropout, self.make_rng("dropout"))
+            y = y + contract("BTR,RO->BTO", contract("BTI,IR->BTR", x, a).astype(x.dtype), b)
+        return y
+
+
+def _dropout(x: Float[Array, "..."], rate: Float[Array, ""] | float, key: Array) -> Float[Array, "..."]:
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale, in float32, returned in x's dtype (Zhang and Sennrich 2019)."""
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        return (wide * scale.astype(jnp.float32)[None, None, :]).astype(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    spec: DecoderSpec
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, positions, mask, write_at, lora_dropout):
+        spec, dtype = self.spec, self.dtype
+
+        def project(name: str, features: int, use_bias: bool, inputs):
+            return Projection(features, use_bias, dtype, name=name)(inputs, lora_dropout).astype(dtype)
+
+        def heads(name: str, count: int):
+            y = project(name, count * spec.head_dim, spec.qkv_bias, x)
+            return y.reshape(*y.shape[:2], count, spec.head_dim)
+
+        q = rotate(heads("q_proj", spec.num_heads), positions, spec.rope_theta)
+        k = rotate(heads("k_proj", spec.num_kv_heads), positions, spec.rope_theta)
+        v = heads("v_proj", spec.num_kv_heads)
+        if write_at is not None:
+            k, v = self._remember("k", k, write_at), self._remember("v", v, write_at)
+        y = attention(q, k, v, mask).astype(dtype)
+        return project("o_proj", spec.hidden_size, False, y.reshape(*y.shape[:2], -1))
+
+    def _remember(self, name: str, new: Float[Array, "B T K h"], write_at) -> Float[Array, "B S K h"]:
+        """Writes new keys or values into the cache from index `write_at` on; returns the whole cache."""
+        cache = jax.lax.dynamic_update_slice_in_dim(self.get_variable("cache", name), new, write_at, axis=1)
+        self.put_variable("cache", name, cache)
+        return cache
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, SwiGLU)."""
+
+    spec: DecoderSpec
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, lora_dropout):
+        wide, dtype = self.spec.intermediate_size, self.dtype
+        gate = Projection(wide, False, dtype, name="gate_proj")(x, lora_dropout)
+        up = Projection(wide, False, dtype, name="up_proj")(x, lora_dropout)
+        inner = (jax.nn.silu(gate) * up).astype(dtype)
+        return Projection(self.spec.hidden_size, False, dtype, name="down_proj")(inner, lora_dropout).astype(dtype)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer, in the (carry, output) form that `nn.scan` wants."""
+
+    spec: DecoderSpec
+    dtype: Any
+    activation_sharding: jax.sharding.Sharding | None
+
+    @nn.compact
+    def __call__(self, x, positions, mask, write_at, lora_dropout):
+        if self.activation_sharding is not None:
+            x = jax.lax.with_sharding_constraint(x, self.activation_sharding)
+        norm = RMSNorm(self.spec.rms_norm_eps, self.dtype, name="input_layernorm")(x)
+        x = x + SelfAttention(self.spec, self.dtype, name="self_attn")(
+            norm, positions, mask, write_at, lora_dropout
+        )
+        norm = RMSNorm(self.spec.rms_norm_eps, self.dtype, name="post_attention_layernorm")(x)
+        return x + MLP(self.spec, self.dtype, name="mlp")(norm, lora_dropout), None
+
+
+class Decoder(nn.Module):
+    """Tokens to hidden states.
+
+    Attributes:
+        spec: the architecture's numbers.
+        remat: one of `REMAT_POLICIES`; what a layer keeps for its backward pass.
+        dtype: of base, activations and cache (bfloat16, or float32 for tests and small models).
+        activation_sharding: placement of the [B, T, D] residual stream, or None for the compiler's choice.
+    """
+
+    spec: DecoderSpec
+    remat: str = "full"
+    dtype: Any = jnp.bfloat16
+    activation_sharding: jax.sharding.Sharding | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        *,
+        lora_dropout: Float[Array, ""] | float | None = None,
+        write_at: Int[Array, ""] | None = None,
+        key_positions: Int[Array, "B S"] | None = None,
+        key_segments: Int[Array, "B S"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Hidden states after the final norm; times `unembedding(params)` they are the logits, which never exist.
+
+        Args:
+            tokens: ids.
+            positions: of each token within its own example, from 0.
+            segments: example number within the row, from 1; 0 for padding.
+            lora_dropout: probability that an adapter's input is zeroed (needs rngs={"dropout": key}); None for none.
+            write_at: with a mutable "cache" collection (`layers/self_attn/{k, v}`: [L, B, S, K, h]): the cache index
+                that the first of these tokens takes. The queries then attend to the whole cache.
+            key_positions, key_segments: position and segment of every cache index (0 where nothing is written yet).
+        """
+        embedding = self.param(
+            "embed_tokens", lambda key: {"embedding": self._table(key)}  # a dict, as in the checkpoint's names
+        )["embedding"]
+        if not self.spec.tie_word_embeddings:
+            self.param("lm_head", lambda key: {"embedding": self._table(key)})
+        if key_positions is None or key_segments is None:
+            key_positions, key_segments = positions, segments
+        mask = visible(positions, segments, key_positions, key_segments, self.spec.sliding_window)
+        block = Block if self.remat == "none" else nn.remat(
+            Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False
+        )
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0, "lora": 0, "cache": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast,) * 4,
+            length=self.spec.num_layers,
+        )(self.spec, self.dtype, self.activation_sharding, name="layers")
+        x = jnp.take(embedding, tokens, axis=0)
+        x, _ = layers(x, positions, mask, write_at, lora_dropout)
+        return RMSNorm(self.spec.rms_norm_eps, self.dtype, name="norm")(x)
+
+    def _table(self, key: Array) -> Float[Array, "V D"]:
+        return _kernel_init(key, (self.spec.vocab_size, self.spec.hidden_size), self.dtype)
+
+
+def unembedding(params: Mapping[str, Any]) -> Float[Array, "V D"]:
+    """The matrix whose product with hidden states gives logits: the head, or the embedding when tied."""
+    return params.get("lm_head", params["embed_tokens"])["embedding"]
