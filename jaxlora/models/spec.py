@@ -21,12 +21,12 @@ _FALSE_ONLY = {
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """The shape and the constants of one decoder. Hashable: it can be a static argument of a compiled function.
+    """The shape and the constants of one decoder; hashable, so a compiled function can be specialised on it.
 
     Attributes:
         model_type: "qwen2", "mistral" or "llama".
         vocab_size, hidden_size, intermediate_size: V, D and F.
-        num_layers, num_heads, num_kv_heads, head_dim: L, H, K and h. H is a multiple of K; H * h may differ from D.
+        num_layers, num_heads, num_kv_heads, head_dim: L, H, K and h; K divides H; H * h may differ from D.
         rms_norm_eps: added to the mean square under the root.
         rope_theta: base of the rotary frequencies, `rope_theta ** (-2 i / h)`.
         qkv_bias: whether q_proj, k_proj and v_proj have biases (o_proj and the feed-forward layers never do).
@@ -116,14 +116,14 @@ def _refuse_what_changes_the_function(config: Mapping[str, Any], model_type: str
     architectures = config.get("architectures") or [expected]
     if expected not in architectures:
         raise InputError(
-            f"config.json has architectures {architectures}; for model_type {model_type!r} only {expected} "
-            "is supported."
+            f"config.json has architectures {architectures}; for model_type {model_type!r} only "
+            f"{expected} is supported."
         )
     custom = sorted(key for key in config.get("auto_map") or {} if key.startswith("AutoModel"))
     if custom:
         raise InputError(
-            f"config.json asks for the model's own Python code (auto_map: {', '.join(custom)}), which is never "
-            f"run. Only the function of transformers' {expected} is supported."
+            f"config.json asks for the model's own Python code (auto_map: {', '.join(custom)}), which is "
+            f"never run. Only the function of transformers' {expected} is supported."
         )
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
@@ -178,11 +178,11 @@ def _sliding_window(config: Mapping[str, Any], model_type: str, num_layers: int)
         sliding = list(config["layer_types"]).count("sliding_attention")
     elif sliding and model_type == "qwen2":
         sliding = max(0, num_layers - config.get("max_window_layers", 28))
-    # transformers' Mistral does not look at layer_types, later architectures do: only agreement is unambiguous.
+    # transformers' Mistral does not look at layer_types, other readers do: only agreement is unambiguous.
     if 0 < sliding < num_layers or (model_type == "mistral" and window is not None and not sliding):
         raise InputError(
-            f"config.json gives {sliding} of {num_layers} layers a sliding window of {window}; only all layers or "
-            "none are supported. If your rows are shorter than the window, set sliding_window to null in the config."
+            f"config.json gives {sliding} of {num_layers} layers a sliding window of {window}; only all layers "
+            "or none are supported. If your rows are shorter than the window, set sliding_window to null in it."
         )
     return window if sliding else None
 
