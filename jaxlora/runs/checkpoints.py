@@ -1,0 +1,384 @@
+"""Checkpoints of a run's state, saved while training goes on, and proved intact before they are used.
+
+Orbax writes them: in the background, aside first, renamed into place when complete. Added here is proof. Every leaf's
+digest, and a checksum over all that is no array, are saved with the state; what is read back must match, or the
+checkpoint is passed over for the one before. The digest is a sum modulo 2^32 over the leaf's elements of
+
+    mix(bits(x[i]) + i * 0x9E3779B9)
+
+with `mix` the bijective 32-bit finaliser of MurmurHash3. One changed element always changes the sum; any other damage
+escapes with probability 2^-32. Integer sums don't depend on the order, so the digest is computed where the leaf lives,
+sharded as it is, at the speed of the device's memory, and is the same on any mesh.
+
+Source: A. Appleby, MurmurHash3 (fmix32).
+"""
+
+import dataclasses
+import functools
+import json
+import shutil
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxlora.core.errors import InputError
+
+_DAMAGED, _SUPERSEDED = ".damaged", ".superseded"
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What `Checkpoints.restore` found.
+
+    Attributes:
+        step: the step the state was saved at.
+        state: the pytree, leaf for leaf the saved bits.
+        host: the JSON dict saved with it.
+        skipped: one line for each newer checkpoint that was damaged.
+    """
+
+    step: int
+    state: Any
+    host: dict[str, Any]
+    skipped: list[str]
+
+
+class Checkpoints:
+    """The newest few checkpoints of a run, and the best.
+
+    Args:
+        folder: where they are kept, one subfolder a step.
+        keep: how many of the newest stay. The newest one saved as best stays besides.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; at least one checkpoint must stay")
+        self.folder = Path(folder).absolute()
+        self.skipped: list[str] = []
+        self._keep = keep
+        self._manager: Any = None
+        self._best: int | None = None
+        self._previous_best: int | None = None
+        self._pending: int | None = None
+        self._problems: list[str] = []
+
+    def save(self, step: int, state: Any, host: Mapping[str, Any] | None = None, best: bool = False) -> None:
+        """Starts saving `state` and returns when it may be donated or changed; the writing goes on behind.
+
+        A step that is saved already is left alone when it holds the same, and replaced when not. A save that fails,
+        now or behind, is told by `problems`, harms no earlier checkpoint, and may be repeated.
+
+        Args:
+            step: the number of optimizer steps done.
+            state: a pytree of JAX arrays, sharded or not.
+            host: a small dict of JSON values (tuples come back as lists).
+            best: whether this is the best state so far: kept until a later one is.
+        Raises:
+            TypeError: a leaf is no JAX array, or `host` no JSON.
+        """
+        self.wait()
+        leaves = _named_leaves(state)
+        content = {
+            "host": dict(host or {}),
+            "best": step if best else self._best_step(),
+            "leaves": {
+                name: [str(leaf.dtype), list(leaf.shape), digest]
+                for (name, leaf), digest in zip(leaves.items(), _digests(list(leaves.values())), strict=True)
+            },
+        }
+        content = {**content, "checksum": _checksum(content)}
+        self._previous_best, self._best = self._best, content["best"]
+        try:
+            manager = self._open()
+            if step in manager.all_steps():
+                if self._holds(step, content):
+                    return
+                self._set_aside(step, _SUPERSEDED)
+            import orbax.checkpoint as ocp
+
+            self._pending = step
+            arguments = ocp.args.Composite(
+                state=ocp.args.StandardSave(leaves), host=ocp.args.JsonSave(content)
+            )
+            manager.save(step, args=arguments, force=True)
+        except Exception as error:  # whatever stops a save must not stop the run
+            self._failed(step, error)
+
+    def restore(self, like: Any, step: int | None = None) -> Restored | None:
+        """Reads the newest intact checkpoint back.
+
+        A damaged one is passed over, told in `skipped`, and renamed to `<step>.damaged`, so that the step can be saved
+        again; the next good save removes it.
+
+        Args:
+            like: a pytree of the saved structure; its leaves are arrays or `jax.ShapeDtypeStruct`s and say shape,
+                dtype and sharding of what comes back (without a sharding: on the first device).
+            step: only this one.
+        Returns:
+            The state, or None when no checkpoint is intact (`self.skipped` then says which were tried).
+        Raises:
+            InputError: the checkpoint is intact but holds other arrays than `like`.
+        """
+        self.wait()
+        manager = self._open()
+        self.skipped = []
+        found = sorted(manager.all_steps(), reverse=True)
+        for candidate in found if step is None else [s for s in found if s == step]:
+            try:
+                state, host = self._load(candidate, like)
+            except (InputError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+                raise
+            except Exception as error:  # damaged files fail in as many ways as there are bytes
+                reason = (str(error).strip().splitlines() or [""])[0][:160] or type(error).__name__
+                self.skipped.append(
+                    f"checkpoint {self.folder / str(candidate)} is damaged ({reason}): passed over"
+                )
+                self._set_aside(candidate, _DAMAGED)
+            else:
+                return Restored(candidate, state, host, list(self.skipped))
+        return None
+
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, ascending."""
+        self.wait()
+        return sorted(self._open().all_steps())
+
+    def truncate(self, after_step: int) -> None:
+        """Deletes the checkpoints of later steps, for a run that goes on from `after_step`."""
+        for step in self.steps():
+            if step > after_step:
+                self._open().delete(step)
+        self._best = None
+        self._best = self._best_step()
+
+    def problems(self) -> list[str]:
+        """The saves that failed since the last call, one line each. Never waits for a save in progress."""
+        if self._pending is not None and not self._open().is_saving_in_progress():
+            self.wait()
+        found, self._problems = self._problems, []
+        return found
+
+    def wait(self) -> None:
+        """Waits for the save in progress, if any."""
+        if self._pending is None:
+            return
+        step = self._pending
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # as in `save`
+            self._failed(step, error)
+            return
+        self._pending = None
+        for leftover in (*self.folder.glob(f"*{_DAMAGED}"), *self.folder.glob(f"*{_SUPERSEDED}")):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def close(self) -> None:
+        """Waits for the save in progress and ends the background threads."""
+        self.wait()
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self) -> Any:
+        """The Orbax manager; made at first use, since importing Orbax takes its time."""
+        if self._manager is None:
+            _quiet()
+            import orbax.checkpoint as ocp
+            from orbax.checkpoint import checkpoint_managers
+
+            self._put_back()
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=_newest_and_best(checkpoint_managers, self._keep, lambda: self._best),
+                    cleanup_tmp_directories=True,
+                    save_root_metadata=False,
+                ),
+            )
+        return self._manager
+
+    def _put_back(self) -> None:
+        """Undoes a replacement that was never completed: the process was killed, or the save failed."""
+        for aside in self.folder.glob(f"*{_SUPERSEDED}"):
+            place = aside.with_suffix("")
+            if not place.exists():
+                aside.rename(place)
+
+    def _failed(self, step: int, error: Exception) -> None:
+        reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
+        self._problems.append(
+            f"the checkpoint of step {step} could not be saved to {self.folder} ({reason}); "
+            "the ones before are untouched, and the next save tries again"
+        )
+        self._pending = None
+        self._best = self._previous_best
+        manager, self._manager = self._manager, None  # its list of steps no longer tells what is on disk
+        try:
+            if manager is not None:
+                manager.close()
+        except Exception:  # it fails with the error just told
+            pass
+        for leftover in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(leftover, ignore_errors=True)  # a full disk needs the room
+
+    def _set_aside(self, step: int, suffix: str) -> None:
+        if jax.process_index() == 0:
+            aside = self.folder / f"{step}{suffix}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(step)).rename(aside)
+        self._open().reload()
+
+    def _content(self, step: int) -> dict[str, Any]:
+        """All of a checkpoint that is no array, proved by its checksum."""
+        import orbax.checkpoint as ocp
+
+        content = self._open().restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore())).host
+        if _checksum({key: content[key] for key in ("host", "best", "leaves")}) != content["checksum"]:
+            raise ValueError("its checksum does not match")
+        return content
+
+    def _holds(self, step: int, content: Mapping[str, Any]) -> bool:
+        try:
+            return self._content(step)["checksum"] == content["checksum"]
+        except Exception:  # damaged, then: it is to be replaced
+            return False
+
+    def _best_step(self) -> int | None:
+        """The newest best step, as the newest readable checkpoint tells it when this process has saved none."""
+        if self._best is None:
+            for step in sorted(self._open().all_steps(), reverse=True):
+                try:
+                    self._best = self._content(step)["best"]
+                    break
+                except Exception:  # damaged; `restore` will tell
+                    continue
+        return self._best
+
+    def _load(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        import orbax.checkpoint as ocp
+
+        content = self._content(step)
+        targets = {name: _abstract(leaf) for name, leaf in _named_leaves(like).items()}
+        wanted = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in targets.items()}
+        saved = {name: [dtype, shape] for name, (dtype, shape, _) in content["leaves"].items()}
+        if saved != wanted:
+            raise InputError(_other_arrays(self.folder / str(step), saved, wanted))
+        leaves = (
+            self._open().restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(targets))).state
+        )
+        digests = _digests([leaves[name] for name in targets])
+        for name, digest in zip(targets, digests, strict=True):
+            if digest != content["leaves"][name][2]:
+                raise ValueError(f"the digest of {name} does not match")
+        return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in targets]), content[
+            "host"
+        ]
+
+
+def _newest_and_best(policies: Any, keep: int, best: Any) -> Any:
+    class Best(policies.PreservationPolicy):
+        def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+            return [checkpoint.step == best() for checkpoint in checkpoints]
+
+    return policies.AnyPreservationPolicy([policies.LatestN(n=keep), Best()])
+
+
+def _quiet() -> None:
+    """Orbax tells every step of its work, and the traceback of a failed save, through absl; `problems` tells enough."""
+    from absl import logging
+
+    logging.set_verbosity(logging.FATAL)
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves by their path, "opt_state.0.mu.layers.a": independent of the containers' Python types."""
+    named: dict[str, Any] = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".") or "state"
+        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or jnp.issubdtype(
+            leaf.dtype, jax.dtypes.extended
+        ):
+            raise TypeError(f"{name} is {type(leaf).__name__}; a checkpoint holds JAX arrays of numbers only")
+        if name in named:
+            raise TypeError(f"two leaves are both called {name}")
+        named[name] = leaf
+    return named
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _digests(leaves: Sequence[jax.Array]) -> list[int]:
+    """Each leaf's digest, as the module's docstring defines it."""
+    groups: dict[
+        Any, list[int]
+    ] = {}  # one compiled program cannot take leaves that live on different devices
+    for index, leaf in enumerate(leaves):
+        groups.setdefault(frozenset(leaf.sharding.device_set), []).append(index)
+    started = [(indices, _digest_all([leaves[i] for i in indices])) for indices in groups.values()]
+    digests = [0] * len(leaves)
+    for indices, values in started:
+        for index, value in zip(indices, np.asarray(values), strict=True):
+            digests[index] = int(value)
+    return digests
+
+
+@jax.jit
+def _digest_all(leaves: Sequence[jax.Array]) -> jax.Array:
+    return jnp.stack([_digest(leaf) for leaf in leaves])
+
+
+def _digest(leaf: jax.Array) -> jax.Array:
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        leaf = jnp.stack([leaf.real, leaf.imag], axis=-1)
+    width = leaf.dtype.itemsize
+    # A type of eight bytes becomes two words along a new last axis, a narrower one is widened with zeros.
+    bits = lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16}.get(width, jnp.uint32)).astype(
+        jnp.uint32
+    )
+    # The index is summed from one iota an axis, not reshaped from one: a reshape would gather a sharded leaf.
+    index = jnp.zeros(bits.shape, jnp.uint32)
+    for axis in range(bits.ndim):
+        stride = functools.reduce(lambda product, n: product * n, bits.shape[axis + 1 :], 1) % 2**32
+        index += lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride)
+    return jnp.sum(_mix(bits + index * jnp.uint32(0x9E3779B9)), dtype=jnp.uint32)
+
+
+def _mix(word: jax.Array) -> jax.Array:
+    word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
+    word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
+    return word ^ (word >> 16)
+
+
+def _checksum(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _other_arrays(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    names = [name for name in dict.fromkeys((*saved, *wanted)) if saved.get(name) != wanted.get(name)]
+
+    def told(value: Any) -> str:
+        return f"{value[0]}{value[1]}" if value else "missing"
+
+    shown = "; ".join(f"{n} is {told(saved.get(n))} there and {told(wanted.get(n))} here" for n in names[:3])
+    more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"the checkpoint {folder} holds another state: {shown}{more}.\nGive another --workdir to start anew."
+    )

@@ -1,0 +1,352 @@
+"""The run folder: what a run leaves behind, and what a repeated command finds there.
+
+    config.json    the resolved config, every key
+    record.json    the run's state in a few fields, replaced whole at each change
+    metrics.jsonl  one JSON object a line, in the order written
+    eval/          per-example losses, a file an evaluation, one JSON object a line
+    tensorboard/   checkpoints/   best/   last/      (written by others; named here)
+
+A process may be killed between any two instructions. Whole files are therefore written aside, synced and renamed;
+metrics.jsonl is appended a line at a time, and a half-written last line is cut when the folder is opened again.
+Everything is valid JSON; `files.encode_json` says how a NaN is written.
+"""
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlora.core.errors import InputError
+from jaxlora.runs.files import ASIDE, LOCK, append, encode_json, lock_folder, release, replace
+
+CONFIG, RECORD, METRICS = "config.json", "record.json", "metrics.jsonl"
+_SHOWN = 4  # differing config keys named in a message before it goes on with a count
+
+
+def default_path(config_name: str, now: time.struct_time | None = None) -> Path:
+    """`runs/<MonDD_HH-MM-SS>_<config>`, the folder of a run that was given none.
+
+    Args:
+        config_name: path or name of the config; its stem is used ("configs/qwen05b.py" -> "qwen05b").
+        now: local time; the present by default.
+    """
+    return (
+        Path("runs") / f"{time.strftime('%b%d_%H-%M-%S', now or time.localtime())}_{Path(config_name).stem}"
+    )
+
+
+class RunDirectory:
+    """One run's folder, held by one process.
+
+    `open` makes or reopens it for writing and takes its lock; `read` looks at one without touching it. A write that
+    fails after opening (a full disk) does not end the run: it is kept, tried again with the next write, and listed in
+    `problems()`.
+
+    Attributes:
+        path: the folder.
+        config: the resolved config, as JSON values.
+        resumed: whether the folder held this run already.
+        resumed_after: the step given to `truncate`, None before.
+    """
+
+    def __init__(
+        self, path: Path, config: dict[str, Any], record: dict[str, Any], *, resumed: bool, lock: int | None
+    ):
+        self.path = path
+        self.config = config
+        self.resumed = resumed
+        self.resumed_after: int | None = None
+        self._record = record
+        self._lock = lock
+        self._late: dict[Path, bytes] = {}  # whole files that could not be written yet
+        self._late_lines = b""
+        self._problems: list[str] = []
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], config: Mapping[str, Any]) -> "RunDirectory":
+        """Makes the folder for a new run, or reopens that of the same run.
+
+        Args:
+            path: the run folder; it and its parents are made when missing.
+            config: the resolved config, a nested mapping of JSON values (tuples count as lists).
+        Returns:
+            The folder, locked by this process until `close` or its end, however it ends.
+        Raises:
+            InputError: the folder holds a run with another config, or something that is no run; another process
+                uses it; or it cannot be written.
+        """
+        folder = Path(path)
+        wanted = json.loads(encode_json(config))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _check_is_run_or_empty(folder)
+            lock = lock_folder(folder)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        try:
+            return cls._open_locked(folder, wanted, lock)
+        except OSError as error:
+            release(lock)
+            raise _unwritable(folder, error) from error
+        except BaseException:
+            release(lock)
+            raise
+
+    @classmethod
+    def _open_locked(cls, folder: Path, wanted: dict[str, Any], lock: int | None) -> "RunDirectory":
+        for leftover in (*folder.glob(f"*{ASIDE}"), *folder.glob(f"eval/*{ASIDE}")):
+            leftover.unlink()
+        resumed = (folder / CONFIG).exists()
+        if resumed:
+            found = _read_json(folder / CONFIG)
+            differences = list(_differences(found, wanted))
+            if differences:
+                raise InputError(_another_config(folder, differences))
+            _cut_half_line(folder / METRICS)
+        else:
+            _check_is_run_or_empty(folder)
+            replace(folder / CONFIG, encode_json(wanted, indent=2))
+        record = _read_json(folder / RECORD) if (folder / RECORD).exists() else {}
+        return cls(folder, wanted, record, resumed=resumed, lock=lock)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> "RunDirectory":
+        """Looks at an existing run, finished or still running, without locking or changing it.
+
+        Raises:
+            InputError: there is no run in the folder.
+        """
+        folder = Path(path)
+        if not (folder / CONFIG).is_file():
+            raise InputError(
+                f"{folder} is not a run folder (it has no {CONFIG}): give the folder of a run, runs/NAME"
+            )
+        record = _read_json(folder / RECORD) if (folder / RECORD).exists() else {}
+        return cls(folder, _read_json(folder / CONFIG), record, resumed=True, lock=None)
+
+    @property
+    def name(self) -> str:
+        """The run's name: the last part of its path."""
+        return self.path.resolve().name
+
+    @property
+    def best(self) -> Path:
+        """The PEFT adapter folder of the best evaluation."""
+        return self.path / "best"
+
+    @property
+    def last(self) -> Path:
+        """The PEFT adapter folder of the last step."""
+        return self.path / "last"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of `runs.checkpoints`."""
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def evaluations(self) -> Path:
+        """The folder of per-example losses."""
+        return self.path / "eval"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """A copy of what record.json says."""
+        return json.loads(encode_json(self._record))
+
+    def update_record(self, **fields: Any) -> None:
+        """Sets fields of record.json and replaces the file; None is a value like any other."""
+        self._record = {**self._record, **json.loads(encode_json(fields))}
+        self._write(self.path / RECORD, encode_json(self._record, indent=2))
+
+    def append_metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one line to metrics.jsonl: {"step": step, **values}.
+
+        Args:
+            step: optimizer steps done when the values were taken.
+            values: name -> number (Python, numpy, or a zero-dimensional array), string or bool.
+        """
+        self._late_lines += encode_json({"step": int(step), **values})
+        self._flush_late()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl; a broken one, such as a half-written last one, is left out."""
+        try:
+            text = (self.path / METRICS).read_bytes()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in text.splitlines(keepends=True) if _step_of(line) < math.inf]
+
+    def write_evaluation(self, step: int, columns: Mapping[str, Sequence[Any]], name: str = "eval") -> Path:
+        """Writes one evaluation's per-example values to eval/<name>-<step>.jsonl.
+
+        Args:
+            step: optimizer steps done.
+            columns: name -> one value an example, all of one length.
+            name: which data was evaluated.
+        Returns:
+            The file's path.
+        Raises:
+            ValueError: columns of different lengths.
+        """
+        rows = zip(*columns.values(), strict=True)
+        lines = b"".join(encode_json(dict(zip(columns, row, strict=True))) for row in rows)
+        file = self.evaluations / f"{name}-{int(step):08d}.jsonl"
+        self._write(file, lines)
+        return file
+
+    def read_evaluation(self, step: int, name: str = "eval") -> dict[str, list[Any]]:
+        """The columns that `write_evaluation` wrote.
+
+        Raises:
+            FileNotFoundError: there was no such evaluation.
+        """
+        rows = [json.loads(line) for line in (self.evaluations / f"{name}-{int(step):08d}.jsonl").open()]
+        names = dict.fromkeys(key for row in rows for key in row)
+        return {key: [row.get(key) for row in rows] for key in names}
+
+    def truncate(self, after_step: int) -> None:
+        """Drops what was written about steps later than `after_step`, for a run that goes on from there."""
+        self.resumed_after = after_step
+        file = self.path / METRICS
+        if file.exists():
+            content = file.read_bytes()
+            kept = b"".join(
+                line for line in content.splitlines(keepends=True) if _step_of(line) <= after_step
+            )
+            if content.startswith(kept):
+                os.truncate(file, len(kept))  # the usual case; works on a full disk too
+            else:
+                replace(file, kept)
+        for file in self.evaluations.glob("*.jsonl"):
+            step = re.fullmatch(r".*-(\d+)", file.stem)
+            if step and int(step[1]) > after_step:
+                file.unlink()
+
+    def problems(self) -> list[str]:
+        """What could not be written since the last call, one line each; what is still unwritten is tried again."""
+        found, self._problems = self._problems, []
+        return found
+
+    def close(self) -> None:
+        """Writes what is left and gives the lock back."""
+        self._flush_late()
+        release(self._lock)
+        self._lock = None
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(self, file: Path, content: bytes) -> None:
+        self._late[file] = content
+        self._flush_late()
+
+    def _flush_late(self) -> None:
+        """Writes all that waits, oldest first. Every write comes through here, so a later one retries the earlier."""
+        for file in list(self._late):
+            try:
+                file.parent.mkdir(exist_ok=True)
+                replace(file, self._late[file])
+            except OSError as error:
+                self._note(file, error)
+            else:
+                del self._late[file]
+        if self._late_lines:
+            try:
+                append(self.path / METRICS, self._late_lines)
+            except OSError as error:
+                self._note(self.path / METRICS, error)
+            else:
+                self._late_lines = b""
+
+    def _note(self, file: Path, error: OSError) -> None:
+        problem = f"{file} could not be written ({error.strerror or error}); kept, and tried again with the next write"
+        if problem not in self._problems:
+            self._problems.append(problem)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise InputError(
+            f"{file} is not valid JSON ({error}); restore it, or give another --workdir"
+        ) from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file} does not hold a JSON object; restore it, or give another --workdir")
+    return value
+
+
+def _step_of(line: bytes) -> float:
+    """The step a line of metrics.jsonl is about; later than any for a broken line."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _cut_half_line(file: Path) -> None:
+    if file.exists():
+        content = file.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(file, whole)
+
+
+def _check_is_run_or_empty(folder: Path) -> None:
+    if (folder / CONFIG).exists():
+        return
+    others = sorted(
+        entry.name for entry in folder.iterdir() if entry.name != LOCK and not entry.name.endswith(ASIDE)
+    )
+    if others:
+        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        raise InputError(f"{folder} is not empty and holds no run (it has {shown}): give another --workdir")
+
+
+def _unwritable(folder: Path, error: OSError) -> InputError:
+    return InputError(
+        f"cannot write the run folder {folder} ({error.strerror or error}): give another --workdir"
+    )
+
+
+def _differences(found: Any, wanted: Any, key: str = "") -> Iterable[str]:
+    """Yields, for each differing key, a phrase with the value in the folder and the value wanted now."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for name in dict.fromkeys((*found, *wanted)):
+            path = f"{key}.{name}" if key else name
+            if name not in wanted:
+                yield f"{path} is {json.dumps(found[name])} there and unknown here"
+            elif name not in found:
+                yield f"{path} is missing there and {json.dumps(wanted[name])} here"
+            else:
+                yield from _differences(found[name], wanted[name], path)
+    elif not _same(found, wanted):
+        yield f"{key} is {json.dumps(found)} there and {json.dumps(wanted)} here"
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equality of JSON values: 1 is 1.0, but true is not 1, which Python would grant."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
+    return one == other
+
+
+def _another_config(folder: Path, differences: list[str]) -> str:
+    shown = "; ".join(differences[:_SHOWN])
+    more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+    return f"{folder} holds a run with another config: {shown}{more}.\nGive another --workdir, or the run's own config."
