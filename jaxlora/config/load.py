@@ -6,6 +6,8 @@ right, so that a mistake in the file and one on the command line are answered in
 """
 
 import argparse
+import ast
+import contextlib
 import difflib
 import inspect
 import re
@@ -30,11 +32,11 @@ def base_config() -> ConfigDict:
 
     `model.path` and `data.train` have no default: they are "" here, and a config that leaves them so is refused.
     """
-    config = ConfigDict({name: {} for name in SECTIONS}, type_safe=False)
+    nested: dict[str, Any] = {name: {} for name in SECTIONS}
     for key in KEYS.values():
-        section = config[key.path.rpartition(".")[0]] if "." in key.path else config
+        section = nested[key.path.rpartition(".")[0]] if "." in key.path else nested
         section[key.name] = "" if key.required else key.default
-    return config
+    return ConfigDict(nested, type_safe=False)
 
 
 def load_config(argument: str, overrides: Sequence[str] = ()) -> Config:
@@ -133,8 +135,10 @@ def _failure(path: Path, error: Exception) -> str:
         lines.append(error.lineno)
         message = error.msg
     else:
-        # A ConfigDict's AttributeError is a KeyError too, whose str is a repr: the argument itself reads better.
         message = str(error.args[0]) if error.args else ""
+        if message[:1] in "'\"" and message[-1:] == message[:1]:  # ConfigDict hands on the repr of a message
+            with contextlib.suppress(ValueError, SyntaxError):
+                message = ast.literal_eval(message)
     where = f", line {lines[-1]}" if lines else ""
     said = textwrap.shorten(message, 300, placeholder=" ...") or "no message"
     return f"the config {path}{where} failed: {type(error).__name__}: {said}"

@@ -1,0 +1,56 @@
+"""What every test stands on: eight simulated CPU devices, no network, caches of its own, shapes that are checked."""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# All of this has to be set before jax, transformers or datasets are imported, and holds for child processes too.
+_CACHES = tempfile.mkdtemp(prefix="jaxlora-tests-")
+atexit.register(shutil.rmtree, _CACHES, ignore_errors=True)
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip(),
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HOME": f"{_CACHES}/huggingface",
+    "XDG_CACHE_HOME": _CACHES,
+}
+
+import hypothesis  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Every annotated function and dataclass of jaxlora is checked at every call: dtypes, ranks, letters that agree.
+install_import_hook("jaxlora", "beartype.beartype")
+
+# The same examples every time, and no deadline: a compilation inside an example is not a slow example.
+hypothesis.settings.register_profile("jaxlora", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("jaxlora")
+
+ROOT = Path(__file__).resolve().parent.parent
+_REAL = Path(os.environ.get("JAXLORA_REAL", ROOT.parent / "shared" / "real"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks whatever uses the `real` fixture, so that `-m real` and `-m "not real"` miss nothing."""
+    for item in items:
+        if "real" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.real)
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """The folder of real models, tokenizers and data; the test is skipped where it is absent."""
+    if not _REAL.is_dir():
+        pytest.skip(f"no real data at {_REAL} (set JAXLORA_REAL)")
+    return _REAL
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The repository's root: configs/, README.md, and where commands are run."""
+    return ROOT
