@@ -3,7 +3,9 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
+import types
 from pathlib import Path
 
 import pytest
@@ -21,11 +23,19 @@ os.environ |= {
     "XDG_CACHE_HOME": _CACHES,
 }
 
+import beartype  # noqa: E402
 import hypothesis  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-# Every annotated function and dataclass of jaxlora is checked at every call: dtypes, ranks, letters that agree.
-install_import_hook("jaxlora", "beartype.beartype")
+# Every annotated function and dataclass of the rooms that hold arrays is checked at every call: dtypes, ranks, letters
+# that agree. An int passes for a float, as Python's own typing says. config/ checks by itself what a person gives.
+_checker = types.ModuleType("jaxlora_tests_checker")
+_checker.check = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  # pyright: ignore
+sys.modules[_checker.__name__] = _checker
+install_import_hook(
+    [f"jaxlora.{room}" for room in ("core", "data", "models", "lora", "parallel", "training", "sweeps")],
+    f"{_checker.__name__}.check",
+)
 
 # The same examples every time, and no deadline: a compilation inside an example is not a slow example.
 hypothesis.settings.register_profile("jaxlora", deadline=None, derandomize=True, database=None)
