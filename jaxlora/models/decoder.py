@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlora.core.products import contract
@@ -23,7 +24,7 @@ from jaxlora.models.spec import DecoderSpec
 
 REMAT_POLICIES = {
     "none": None,  # keep every activation
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the projections' outputs
+    "dots": jax.checkpoint_policies.save_only_these_names("projection"),  # keep the projections' outputs
     "full": jax.checkpoint_policies.nothing_saveable,  # keep each layer's input alone
 }
 
@@ -31,7 +32,7 @@ _kernel_init = nn.initializers.normal(0.02)
 
 
 class Projection(nn.Module):
-    """y = x W (+ bias) (+ (dropout(x) a) b), in float32."""
+    """y = x W (+ bias) (+ (dropout(x) a) b), summed in float32, returned in the base's dtype."""
 
     features: int
     use_bias: bool
@@ -51,7 +52,7 @@ class Projection(nn.Module):
             if lora_dropout is not None:
                 x = _dropout(x, lora_dropout, self.make_rng("dropout"))
             y = y + contract("BTR,RO->BTO", contract("BTI,IR->BTR", x, a).astype(x.dtype), b)
-        return y
+        return checkpoint_name(y.astype(self.dtype), "projection")
 
 
 def _dropout(x: Float[Array, "..."], rate: Float[Array, ""] | float, key: Array) -> Float[Array, "..."]:
@@ -82,7 +83,7 @@ class SelfAttention(nn.Module):
         spec, dtype = self.spec, self.dtype
 
         def project(name: str, features: int, use_bias: bool, inputs):
-            return Projection(features, use_bias, dtype, name=name)(inputs, lora_dropout).astype(dtype)
+            return Projection(features, use_bias, dtype, name=name)(inputs, lora_dropout)
 
         def heads(name: str, count: int):
             y = project(name, count * spec.head_dim, spec.qkv_bias, x)
@@ -114,8 +115,8 @@ class MLP(nn.Module):
         wide, dtype = self.spec.intermediate_size, self.dtype
         gate = Projection(wide, False, dtype, name="gate_proj")(x, lora_dropout)
         up = Projection(wide, False, dtype, name="up_proj")(x, lora_dropout)
-        inner = (jax.nn.silu(gate) * up).astype(dtype)
-        return Projection(self.spec.hidden_size, False, dtype, name="down_proj")(inner, lora_dropout).astype(dtype)
+        inner = (jax.nn.silu(gate.astype(jnp.float32)) * up).astype(dtype)
+        return Projection(self.spec.hidden_size, False, dtype, name="down_proj")(inner, lora_dropout)
 
 
 class Block(nn.Module):

@@ -1,8 +1,10 @@
 """Cross-entropy over a large vocabulary without its logits.
 
 The head is frozen, so the gradient with respect to the hidden states needs nothing that the loss has not just
-computed: each chunk of tokens makes its [C, V] logits, takes loss, metrics and gradient from them, and drops them.
-Two matrix products a chunk, no recomputation, and peak memory that knows nothing of the number of tokens.
+computed: each chunk of tokens makes its logits, takes loss, metrics and gradient from them, and drops them. Two
+matrix products a chunk, no recomputation, and peak memory that knows nothing of the number of tokens.
+
+A chunk is a stretch of time of all rows, so that rows spread over devices stay where they are.
 """
 
 from functools import partial
@@ -20,19 +22,19 @@ class TokenLosses(NamedTuple):
     """What the head says of each token; padding and untrained tokens have zeros.
 
     Attributes:
-        nll: [N] float32, negative log-likelihood in nats times the token's weight, never smoothed.
-        correct: [N] float32, the weight where the likeliest token is the target, else 0.
+        nll: [B, T] float32, negative log-likelihood in nats times the token's weight, never smoothed.
+        correct: [B, T] float32, the weight where the likeliest token is the target, else 0.
     """
 
-    nll: Float[Array, " N"]
-    correct: Float[Array, " N"]
+    nll: Float[Array, "B T"]
+    correct: Float[Array, "B T"]
 
 
 def cross_entropy(
-    hidden: Float[Array, "N D"],
+    hidden: Float[Array, "B T D"],
     unembed: Float[Array, "V D"],
-    targets: Int[Array, " N"],
-    weights: Float[Array, " N"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
     label_smoothing: Float[Array, ""] | float = 0.0,
     chunk: int = CHUNK,
 ) -> tuple[Float[Array, ""], TokenLosses]:
@@ -80,42 +82,45 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def _in_chunks(hidden, unembed, targets, weights, smoothing, chunk: int, with_gradient: bool) -> Any:
-    """Scans the tokens in chunks; returns (objective, TokenLosses [N], gradient [N, D] or None)."""
-    tokens, width = hidden.shape
-    chunk = min(chunk, tokens)
-    padding = -tokens % chunk
+    """Scans over time in chunks; returns (objective, TokenLosses, gradient [B, T, D] or None)."""
+    rows, time, _ = hidden.shape
+    stretch = min(max(1, chunk // rows), time)  # positions of every row that make up a chunk
+    padding = -time % stretch
     mean_row = jnp.mean(unembed.astype(jnp.float32), axis=0)
+    head = unembed.astype(hidden.dtype)
 
-    def split(x):
-        x = jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1))
-        return x.reshape(-1, chunk, *x.shape[1:])
+    def split(x):  # [B, T, ...] -> [chunks, B, c, ...]
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(rows, -1, stretch, *x.shape[2:]), 1, 0)
+
+    def join(x):  # its inverse
+        return jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :time]
 
     def one(objective, inputs):
         h, y, w = inputs
-        logits = jnp.einsum("CD,VD->CV", h, unembed.astype(h.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.einsum("BCD,VD->BCV", h, head, preferred_element_type=jnp.float32)
         top = jnp.max(logits, axis=-1)
-        exponentials = jnp.exp(logits - top[:, None])
+        exponentials = jnp.exp(logits - top[..., None])
         total = jnp.sum(exponentials, axis=-1)
         lse = top + jnp.log(total)
-        right = jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0]
-        mean = jnp.sum(h.astype(jnp.float32) * mean_row[None, :], axis=-1)
+        right = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
+        mean = jnp.sum(h.astype(jnp.float32) * mean_row[None, None, :], axis=-1)
         smoothed = lse - (1.0 - smoothing) * right - smoothing * mean
         objective = objective + jnp.sum(jnp.where(w > 0, w * smoothed, 0.0))
         # The likeliest token is the target where the target's logit is the row's largest.
         losses = TokenLosses(jnp.where(w > 0, w * (lse - right), 0.0), jnp.where(right >= top, w, 0.0))
         if not with_gradient:
             return objective, (losses, None)
-        # d/dz: w (softmax - (1 - s) onehot - s / V); the last two terms times unembed are a row and a mean.
-        scaled = (exponentials * (w / total)[:, None]).astype(h.dtype)
-        gradient = jnp.einsum("CV,VD->CD", scaled, unembed.astype(h.dtype), preferred_element_type=jnp.float32)
-        row = jnp.take(unembed, y, axis=0).astype(jnp.float32)
-        gradient = gradient - w[:, None] * ((1.0 - smoothing) * row + smoothing * mean_row[None, :])
+        # d/dz = w (softmax - (1 - s) onehot - s / V). The onehot is taken off before the product: where softmax is
+        # near one, what is left is small, and is rounded as a small number; the mean is one row for all tokens.
+        onehot = y[..., None] == jnp.arange(logits.shape[-1])[None, None, :]
+        slope = exponentials / total[..., None] - jnp.where(onehot, 1.0 - smoothing, 0.0)
+        slope = (w[..., None] * slope).astype(h.dtype)
+        gradient = jnp.einsum("BCV,VD->BCD", slope, head, preferred_element_type=jnp.float32)
+        gradient = gradient - w[..., None] * smoothing * mean_row[None, None, :]
         return objective, (losses, gradient.astype(h.dtype))
 
     objective, (losses, gradient) = jax.lax.scan(
         one, jnp.zeros((), jnp.float32), (split(hidden), split(targets), split(weights))
     )
-    losses = TokenLosses(*(x.reshape(-1)[:tokens] for x in losses))
-    if gradient is not None:
-        gradient = gradient.reshape(-1, width)[:tokens]
-    return objective, losses, gradient
+    return objective, TokenLosses(*map(join, losses)), None if gradient is None else join(gradient)

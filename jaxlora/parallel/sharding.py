@@ -1,0 +1,107 @@
+"""Where every array lives: one table from parameters to logical axes, one from logical axes to the mesh."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxlora.core.errors import InputError
+from jaxlora.core.tree import Path, map_leaves
+
+PARAMETERS: dict[str, tuple[str | None, ...]] = {
+    # module's name: the logical axes of its kernel or embedding, without the leading axis of layers
+    "embed_tokens": ("vocab", "embed"),
+    "lm_head": ("vocab", "embed"),
+    "q_proj": ("embed", "heads"),
+    "k_proj": ("embed", "heads"),
+    "v_proj": ("embed", "heads"),
+    "o_proj": ("heads", "embed"),
+    "gate_proj": ("embed", "mlp"),
+    "up_proj": ("embed", "mlp"),
+    "down_proj": ("mlp", "embed"),
+}
+LOGICAL: dict[str | None, str | None] = {
+    "vocab": "tensor",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "embed": "fsdp",
+    None: None,
+}
+ROWS = ("data", "fsdp")
+"""The mesh axes that share out the rows of a batch: fsdp devices hold different parts of the base and of the data."""
+
+
+def partition(path: Path) -> PartitionSpec:
+    """The partition of a leaf of the base or the adapter, from its path alone.
+
+    Kernels and embeddings follow `PARAMETERS`; a bias follows its kernel's output, an adapter's `a` its kernel's input
+    and its `b` the kernel's output; norms are whole everywhere.
+    """
+    module, leaf = path[-2], path[-1]
+    if module not in PARAMETERS:
+        return PartitionSpec()
+    first, second = (LOGICAL[axis] for axis in PARAMETERS[module])
+    axes = {
+        "embedding": (first, second),
+        "kernel": (None, first, second),
+        "bias": (None, second),
+        "a": (None, first, None),
+        "b": (None, None, second),
+    }
+    return PartitionSpec(*axes[leaf])
+
+
+def parameter_sharding(mesh: Mesh, path: Path, shape: tuple[int, ...]) -> NamedSharding:
+    """The placement of one parameter.
+
+    Raises:
+        InputError: a dimension does not divide over its mesh axis; says which, and what would.
+    """
+    spec = partition(path)
+    for size, axis in zip(shape, spec, strict=False):
+        if axis is not None and size % mesh.shape[axis]:
+            fits = [n for n in range(1, mesh.size + 1) if size % n == 0]
+            raise InputError(
+                f"mesh.{axis} = {mesh.shape[axis]} does not divide {'/'.join(path)} {list(shape)} (its {size}); "
+                f"mesh.{axis} may be {', '.join(map(str, fits))}."
+            )
+    return NamedSharding(mesh, spec)
+
+
+def tree_shardings(mesh: Mesh, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """`parameter_sharding` for every leaf of a base or an adapter."""
+    return map_leaves(lambda path, leaf: parameter_sharding(mesh, path, leaf.shape), tree)
+
+
+def state_shardings(mesh: Mesh, state: Any) -> Any:
+    """The placement of a train state: the adapter's leaves and their moments alike, all else everywhere.
+
+    The moments are trees like the adapter somewhere inside the optimiser's state; a leaf is recognised by the last
+    names of its path.
+    """
+
+    def place(path, leaf) -> NamedSharding:
+        names = tuple(str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey))
+        if len(names) < 2:
+            return NamedSharding(mesh, PartitionSpec())
+        return parameter_sharding(mesh, names, leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def batch_sharding(mesh: Mesh, micro_batches: bool) -> NamedSharding:
+    """Rows over `ROWS`: [M, B, T] for a training step, [B, T] for evaluation."""
+    return NamedSharding(mesh, PartitionSpec(None, ROWS) if micro_batches else PartitionSpec(ROWS))
+
+
+def activation_sharding(mesh: Mesh) -> NamedSharding:
+    """The residual stream [B, T, D]: rows as in the batch, the rest whole."""
+    return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+def row_devices(mesh: Mesh) -> int:
+    """How many shares the rows of a batch are cut into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+

@@ -1,0 +1,49 @@
+"""What changes while training: the adapter, the optimiser's moments, the step. Never the base."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.training.optimizer import OptimizerSettings, Scalar, optimizer
+
+
+class Settings(NamedTuple):
+    """The numbers of a run that the compiled step reads; traced, so that another value needs no other program.
+
+    Attributes:
+        optimizer: see `OptimizerSettings`.
+        label_smoothing: s of the objective, in [0, 1).
+        lora_scale: alpha/r or alpha/sqrt(r).
+        lora_dropout: probability that an adapter's input element is zeroed in training.
+    """
+
+    optimizer: OptimizerSettings
+    label_smoothing: Scalar
+    lora_scale: Scalar
+    lora_dropout: Scalar
+
+
+class TrainState(NamedTuple):
+    """Megabytes: what is donated to the step, saved and restored.
+
+    Attributes:
+        step: int32, optimiser steps made.
+        adapter: unscaled a and b, float32.
+        moments: the optimiser's state.
+        key: random key of the run; what a step draws is derived from it by name and step.
+        settings: float32 scalars.
+    """
+
+    step: jax.Array
+    adapter: dict[str, Any]
+    moments: Any
+    key: jax.Array
+    settings: Settings
+
+
+def new_state(adapter: dict[str, Any], key: jax.Array, settings: Settings) -> TrainState:
+    """The state before the first step."""
+    settings = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), settings)
+    moments = optimizer(settings.optimizer, 0.0).init(adapter)
+    return TrainState(jnp.zeros((), jnp.int32), adapter, moments, key, settings)

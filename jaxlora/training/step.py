@@ -1,0 +1,124 @@
+"""One optimiser step, and one evaluation batch: the two programs that a run compiles."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from jaxlora.core.prng import named
+from jaxlora.lora import tree as lora
+from jaxlora.models.decoder import Decoder, unembedding
+from jaxlora.training.losses import TokenLosses, cross_entropy
+from jaxlora.training.optimizer import learning_rate, optimizer
+from jaxlora.training.state import TrainState
+
+Batch = Mapping[str, Array]
+"""tokens, targets, segments, positions (int32) and weights (float32): [M, B, T] for training, [B, T] for evaluation."""
+
+
+class StepSums(NamedTuple):
+    """Sums over a step's trained tokens, and what the optimiser saw; all float32 scalars.
+
+    Attributes:
+        objective: smoothed cross-entropy, summed. nll: unsmoothed, summed. correct: tokens predicted right.
+        weight: trained tokens. tokens: tokens that are not padding.
+        grad_norm: global norm of the mean gradient, before clipping.
+        learning_rate: of this step's update.
+        applied: 1 when the update was applied, 0 when loss or gradient was not finite.
+    """
+
+    objective: Float[Array, ""]
+    nll: Float[Array, ""]
+    correct: Float[Array, ""]
+    weight: Float[Array, ""]
+    tokens: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    applied: Float[Array, ""]
+
+
+def make_train_step(decoder: Decoder, dropout: bool = False) -> Callable[..., tuple[TrainState, StepSums]]:
+    """Builds `step(state, base, batch) -> (state, sums)`, to be jitted with the state donated.
+
+    The gradient is summed over the M micro-batches and divided once, by the step's whole number of trained tokens:
+    how a step is cut into micro-batches changes nothing but memory. A loss or a gradient that is not finite never
+    reaches the parameters: adapter and moments stay as they were, and `applied` says so.
+
+    Args:
+        decoder: the model.
+        dropout: whether adapters' inputs are dropped at `settings.lora_dropout`; False leaves the masks out of the
+            program.
+    """
+
+    def objective(adapter, base, settings, key, rows: Batch):
+        scaled = lora.scale(adapter, settings.lora_scale)
+        hidden = decoder.apply(
+            {"params": base, "lora": scaled},
+            rows["tokens"],
+            rows["positions"],
+            rows["segments"],
+            lora_dropout=settings.lora_dropout if dropout else None,
+            rngs={"dropout": key} if dropout else None,
+        )
+        total, losses = cross_entropy(
+            hidden, unembedding(base), rows["targets"], rows["weights"], settings.label_smoothing
+        )
+        return total, (jnp.sum(losses.nll), jnp.sum(losses.correct))
+
+    def step(state: TrainState, base: Mapping[str, Any], batch: Batch) -> tuple[TrainState, StepSums]:
+        settings, key = state.settings, named(state.key, "dropout", state.step)
+
+        def micro_batch(sums, inputs):
+            index, rows = inputs
+            (total, parts), gradient = jax.value_and_grad(objective, has_aux=True)(
+                state.adapter, base, settings, jax.random.fold_in(key, index), rows
+            )
+            return jax.tree.map(jnp.add, sums, (gradient, total, *parts)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        start = (jax.tree.map(jnp.zeros_like, state.adapter), zero, zero, zero)
+        indices = jnp.arange(batch["tokens"].shape[0])
+        (gradient, total, nll, correct), _ = jax.lax.scan(micro_batch, start, (indices, dict(batch)))
+
+        weight = jnp.sum(batch["weights"])
+        gradient = jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0), gradient)
+        norm = optax.global_norm(gradient)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        rate = learning_rate(settings.optimizer, state.step)
+        updates, moments = optimizer(settings.optimizer, rate).update(gradient, state.moments, state.adapter)
+        adapter = optax.apply_updates(state.adapter, updates)
+        adapter, moments = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (adapter, moments), (state.adapter, state.moments)
+        )
+        sums = StepSums(
+            objective=total,
+            nll=nll,
+            correct=correct,
+            weight=weight,
+            tokens=jnp.sum(batch["segments"] > 0).astype(jnp.float32),
+            grad_norm=norm,
+            learning_rate=rate,
+            applied=finite.astype(jnp.float32),
+        )
+        return state._replace(step=state.step + 1, adapter=adapter, moments=moments), sums
+
+    return step
+
+
+def make_eval_step(decoder: Decoder) -> Callable[..., TokenLosses]:
+    """Builds `evaluate(adapter, lora_scale, base, batch) -> TokenLosses`: each token's losses, without a gradient."""
+
+    def evaluate(adapter, lora_scale, base, batch: Batch) -> TokenLosses:
+        hidden = decoder.apply(
+            {"params": base, "lora": lora.scale(adapter, lora_scale)},
+            batch["tokens"],
+            batch["positions"],
+            batch["segments"],
+        )
+        _, losses = cross_entropy(hidden, unembedding(base), batch["targets"], batch["weights"])
+        return losses
+
+    return evaluate
