@@ -1,0 +1,168 @@
+"""Where a run's numbers go: metrics.jsonl at once, TensorBoard (through CLU) from a thread of its own.
+
+CLU imports TensorFlow, which takes seconds. The thread therefore does it, and only when there is a first number to
+write: by then the step is compiled, and the training loop never waits for it. What comes before is queued.
+"""
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from jaxlora.runs.directory import RunDirectory
+
+# TensorFlow reads these when it is imported, and would otherwise say on stderr which instructions the machine has.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+_Call = Callable[[Any], object]
+
+
+class Writers:
+    """Writes a run's curves, hyperparameters and texts.
+
+    TensorBoard is a view of the run, not a part of it: when it cannot be written, `problems` says so and the run goes
+    on; metrics.jsonl has everything.
+
+    Args:
+        run: the run folder. When it was truncated for a resume, TensorBoard is told to drop the later steps too.
+    """
+
+    def __init__(self, run: RunDirectory):
+        self._run = run
+        self._queue: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()  # None ends the thread
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._problems: list[str] = []
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one line to metrics.jsonl, and its numbers to TensorBoard.
+
+        Args:
+            step: optimizer steps done.
+            values: name -> value, as `RunDirectory.append_metrics` takes them.
+        """
+        self._run.append_metrics(step, values)
+        numbers = {name: float(value) for name, value in values.items() if not isinstance(value, str | None)}
+        self._put(lambda writer: writer.write_scalars(int(step), numbers))
+
+    def hparams(self, config: Mapping[str, Any]) -> None:
+        """Shows the config in TensorBoard's HParams tab, keys joined by dots; lists and None as text."""
+        flat = dict(_flat(config))
+        self._queue.put(
+            lambda writer: writer.write_hparams(flat)
+        )  # no number yet: not worth starting the thread
+
+    def texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Shows texts (Markdown) in TensorBoard."""
+        self._put(lambda writer: writer.write_texts(int(step), texts))
+
+    def flush(self) -> None:
+        """Waits until TensorBoard's files hold all that was written so far."""
+        written = threading.Event()
+        self._put(lambda writer: writer.flush())
+        self._put(lambda _: written.set())
+        written.wait()
+
+    def close(self) -> None:
+        """Writes what is left and ends the thread; nothing may be written after."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._thread is not None or not self._queue.empty():
+            self._put(None)
+            assert self._thread is not None
+            self._thread.join()
+
+    def problems(self) -> list[str]:
+        """What could not be written since the last call, one line each."""
+        found, self._problems = self._problems, []
+        return found
+
+    def __enter__(self) -> "Writers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _put(self, call: _Call | None) -> None:
+        self._queue.put(call)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="tensorboard")
+            self._thread.start()
+
+    def _work(self) -> None:
+        writer = self._guarded(lambda _: _open(self._run), None) or _Nowhere()
+        # Not a daemon, which would be torn out of TensorFlow at exit; so it watches for the end of the program itself.
+        while threading.main_thread().is_alive() or not self._queue.empty():
+            try:
+                call = self._queue.get(timeout=0.5)
+            except queue.Empty:
+                continue
+            if call is None:
+                break
+            self._guarded(call, writer)
+            if self._queue.empty():
+                self._guarded(lambda writer: writer.flush(), writer)
+        self._guarded(lambda writer: writer.close(), writer)
+
+    def _guarded(self, call: _Call, writer: Any) -> Any:
+        try:
+            return call(writer)
+        except Exception as error:  # whatever it is, the curves are in metrics.jsonl
+            problem = f"TensorBoard's files in {self._run.tensorboard} could not be written ({error})"
+            if problem not in self._problems:
+                self._problems.append(problem)
+            return None
+
+
+class _Nowhere:
+    """Stands in for the writer that could not be opened; that it could not is told once."""
+
+    def __getattr__(self, _: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+def _open(run: RunDirectory) -> Any:
+    import tensorflow as tf
+    from clu import metric_writers
+
+    for kind in ("GPU", "TPU"):
+        tf.config.set_visible_devices(
+            [], kind
+        )  # before TensorFlow's first operation would claim them from JAX
+    if run.resumed_after is not None:
+        _drop_later_steps(run)
+    return metric_writers.SummaryWriter(os.fspath(run.tensorboard))
+
+
+def _drop_later_steps(run: RunDirectory) -> None:
+    """Leaves a mark at which TensorBoard forgets the steps that a resumed run is about to repeat."""
+    from tensorboard.compat.proto import event_pb2
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    assert run.resumed_after is not None
+    # TensorBoard reads the files in the order of the second in their names, so the mark must have a later one.
+    seconds = [file.name.split(".")[3] for file in run.tensorboard.glob("events.out.tfevents.*")]
+    patience = time.monotonic() + 2
+    while time.monotonic() < patience and any(int(second) >= int(time.time()) for second in seconds):
+        time.sleep(0.05)
+    writer = EventFileWriter(os.fspath(run.tensorboard))
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    writer.add_event(event_pb2.Event(step=run.resumed_after + 1, session_log=start))
+    writer.close()
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, bool | int | float | str):
+            yield f"{prefix}{key}", value
+        else:
+            yield (
+                f"{prefix}{key}",
+                ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value),
+            )
