@@ -27,8 +27,10 @@ from jaxlora.core.errors import InputError
 _MODULE = "jaxlora_config_file"
 
 
-def base_config() -> ConfigDict:
+def base_config() -> Any:
     """A ConfigDict with every key at its default, for a config file to start from.
+
+    (Its annotation is Any: a type checker cannot know a ConfigDict's attributes.)
 
     `model.path` and `data.train` have no default: they are "" here, and a config that leaves them so is refused.
     """
