@@ -133,25 +133,26 @@ def _open(run: RunDirectory) -> Any:
         tf.config.set_visible_devices(
             [], kind
         )  # before TensorFlow's first operation would claim them from JAX
-    if run.resumed_after is not None:
-        _drop_later_steps(run)
+    _mark_session(run)
     return metric_writers.SummaryWriter(os.fspath(run.tensorboard))
 
 
-def _drop_later_steps(run: RunDirectory) -> None:
-    """Leaves a mark at which TensorBoard forgets the steps that a resumed run is about to repeat."""
+def _mark_session(run: RunDirectory) -> None:
+    """Marks a new session: at every mark but the first, TensorBoard forgets the steps from there on.
+
+    So the curves of a run that was killed, and repeats some steps, show each step once.
+    """
     from tensorboard.compat.proto import event_pb2
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-    assert run.resumed_after is not None
-    # TensorBoard reads the files in the order of the second in their names, so the mark must have a later one.
-    seconds = [file.name.split(".")[3] for file in run.tensorboard.glob("events.out.tfevents.*")]
+    # The files are read in the order of the second in their names, so this one must have a later second.
+    seconds = [int(file.name.split(".")[3]) for file in run.tensorboard.glob("events.out.tfevents.*")]
     patience = time.monotonic() + 2
-    while time.monotonic() < patience and any(int(second) >= int(time.time()) for second in seconds):
+    while time.monotonic() < patience and any(second >= int(time.time()) for second in seconds):
         time.sleep(0.05)
     writer = EventFileWriter(os.fspath(run.tensorboard))
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    writer.add_event(event_pb2.Event(step=run.resumed_after + 1, session_log=start))
+    writer.add_event(event_pb2.Event(step=(run.resumed_after or 0) + 1, session_log=start))
     writer.close()
 
 
