@@ -1,0 +1,173 @@
+"""A chat template seen from outside: which of its output is the template's own text, and which is the messages'.
+
+A template is a program; nothing in it says where a message's text comes out. So it is asked: messages whose contents
+are marks are rendered, and where the marks come out are the slots of a `Layout`. A layout is a hypothesis about the
+template, and it is tested on every conversation: filled with the real contents it must equal what the template
+itself renders. Where it does not (a template that rewrites messages), the conversation is refused.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from jaxlora.core.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = Sequence[dict[str, str]]
+
+_MARK = re.compile(r"slot(\d{6})mark")
+# Different lengths, so that the length by which a literal has grown tells which of the two were kept.
+_LEFT, _RIGHT = " ", " \n "
+_KEPT = {0: (False, False), len(_LEFT): (False, True), len(_RIGHT): (True, False), len(_LEFT + _RIGHT): (True, True)}
+
+
+class ConversationError(InputError):
+    """One conversation of a batch cannot be used.
+
+    Attributes:
+        index: its place in the batch, from 0.
+        reason: why, without the place.
+    """
+
+    def __init__(self, index: int, reason: str):
+        super().__init__(f"conversation {index + 1}: {reason}")
+        self.index, self.reason = index, reason
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the content of one message comes out, and whether the template trims it first."""
+
+    message: int
+    trim_left: bool = False
+    trim_right: bool = False
+
+    def fill(self, contents: Sequence[str]) -> str:
+        content = contents[self.message]
+        if self.trim_left:
+            content = content.lstrip()
+        return content.rstrip() if self.trim_right else content
+
+
+Layout = tuple[str | Slot, ...]
+"""The template's own text and the slots of the messages, in the order in which they come out."""
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Raises:
+        InputError: the tokenizer has none.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        try:
+            self.source = tokenizer.get_chat_template()
+        except ValueError:
+            raise InputError(
+                f"the tokenizer of {tokenizer.name_or_path} has no chat template; use a chat model, or put a "
+                "chat_template.jinja into the model's folder"
+            ) from None
+        self._tokenizer = tokenizer
+        self._layouts: dict[tuple[tuple[str, ...], bool], Layout] = {}
+
+    def render(self, conversations: Sequence[Messages], *, generation: bool = False) -> list[str]:
+        """The template's own rendering of each conversation; `generation` opens an assistant turn at the end.
+
+        Raises:
+            ConversationError: the template refuses a conversation (with its own reason).
+        """
+        options = {"tokenize": False, "add_generation_prompt": generation, "chat_template": self.source}
+        try:
+            return list(self._tokenizer.apply_chat_template(list(conversations), **options))
+        except Exception:  # a template is someone's program and may raise anything: find the conversation
+            for index, messages in enumerate(conversations):
+                try:
+                    self._tokenizer.apply_chat_template(list(messages), **options)
+                except Exception as error:
+                    raise ConversationError(index, f"the chat template does not render: {error}") from None
+            raise
+
+    def layout(self, roles: tuple[str, ...], *, generation: bool = False) -> Layout:
+        """Where the contents of messages with these roles come out.
+
+        Raises:
+            InputError: the template leaves a message out, shows an assistant turn twice, or rewrites contents.
+        """
+        key = (roles, generation)
+        if key not in self._layouts:
+            self._layouts[key] = self._find_layout(roles, generation)
+        return self._layouts[key]
+
+    def keep_system(self, messages: Messages) -> Messages:
+        """The messages with a system message placed where the template does not lose it.
+
+        Mistral v0.3's template shows the system message with the last user message, but only while that message is
+        the very last: in a conversation that ends with the assistant, the system message disappears. Mistral's own
+        tokenizer (mistral-common) keeps it with the last user message, and so do we: it is written in front of
+        that message here, exactly as the template would have written it.
+        """
+        if messages[0]["role"] != "system" or messages[-1]["role"] == "user" or self._late_system_joint is None:
+            return messages
+        *_, last_user = (i for i, message in enumerate(messages) if message["role"] == "user")
+        content = messages[0]["content"] + self._late_system_joint + messages[last_user]["content"]
+        return [*messages[1:last_user], {"role": "user", "content": content}, *messages[last_user + 1 :]]
+
+    @cached_property
+    def _late_system_joint(self) -> str | None:
+        """The text between system and user message in templates that show the former only with a final user message."""
+        try:
+            ended = self._marked(("system", "user", "assistant"), False)
+            waiting = self._marked(("system", "user"), False)
+            bare = self._marked(("user",), False)
+        except InputError:
+            return None
+        if Slot(0) in ended or Slot(0) not in waiting or len(waiting) != 5 or len(bare) != 3:
+            return None
+        before, system, joint, user, after = waiting
+        fits = (system, user) == (Slot(0), Slot(1)) and bare == (before, Slot(0), after)
+        return joint if fits and isinstance(joint, str) else None
+
+    def _find_layout(self, roles: tuple[str, ...], generation: bool) -> Layout:
+        plain = self._marked(roles, generation)
+        padded = self._marked(roles, generation, _LEFT, _RIGHT)
+        seen = [part.message for part in plain if isinstance(part, Slot)]
+        for message, role in enumerate(roles):
+            if message not in seen:
+                raise InputError(f"the chat template leaves out the {role} message (message {message + 1} of "
+                                 f"{len(roles)}), so its text would be lost")  # fmt: skip
+            if role == "assistant" and seen.count(message) > 1:
+                raise InputError(f"the chat template shows the assistant's message {message + 1} more than once")
+        if seen != [part.message for part in padded if isinstance(part, Slot)]:
+            raise InputError("the chat template orders messages by their text, which is not supported")
+        return self._with_trims(plain, padded)
+
+    def _with_trims(self, plain: Layout, padded: Layout) -> Layout:
+        """The layout, with what became of the white space around the marks of `padded` noted in the slots."""
+        # Literals and slots alternate, a literal first and last: literal i stands left of slot i and right of i - 1.
+        kept = []
+        for literal, grown in zip(plain[::2], padded[::2], strict=True):
+            right, left = _KEPT.get(len(grown) - len(literal), (None, None))  # type: ignore[arg-type]
+            if right is None or grown != _RIGHT * right + literal + _LEFT * left:  # type: ignore[operator]
+                raise InputError("the chat template rewrites the text around messages, which is not supported")
+            kept.append((right, left))
+        slots = [
+            Slot(slot.message, trim_left=not kept[i][1], trim_right=not kept[i + 1][0])  # type: ignore[union-attr]
+            for i, slot in enumerate(plain[1::2])
+        ]
+        parts = [part for pair in zip(plain[::2], [*slots, ""], strict=True) for part in pair]
+        return tuple(part for part in parts if part != "")
+
+    def _marked(self, roles: tuple[str, ...], generation: bool, left: str = "", right: str = "") -> Layout:
+        """Literals and slots of a rendering of marks, alternating, a (perhaps empty) literal first and last."""
+        messages = [{"role": role, "content": f"{left}slot{i:06d}mark{right}"} for i, role in enumerate(roles)]
+        try:
+            (text,) = self.render([messages], generation=generation)
+        except ConversationError as error:
+            raise InputError(error.reason) from None
+        pieces = _MARK.split(text)
+        return tuple(Slot(int(piece)) if i % 2 else piece for i, piece in enumerate(pieces))
