@@ -275,9 +275,11 @@ def _download(name: str, revision: str, weights: bool) -> Path:
             "and for a private one set HF_TOKEN."
         ) from error
     except (OSError, ValueError, errors.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]
-        reason = str(error).strip().split("\n")[0]
+        offline = isinstance(error.__cause__, errors.OfflineModeIsEnabled)
+        said = str(error).strip().split("\n")[0].removeprefix("Got: ")
+        reason = "HF_HUB_OFFLINE is set" if offline else said
         raise InputError(
             f"model.path {name!r} is not a local folder, not complete in the local cache{at}, and cannot be "
-            f"downloaded ({reason}).\nConnect to the network (unset HF_HUB_OFFLINE), or copy the model here and give "
-            "its folder."
+            f"downloaded ({reason}).\nConnect to the network (and unset HF_HUB_OFFLINE), or copy the model here and "
+            "give its folder."
         ) from error
