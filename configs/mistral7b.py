@@ -4,7 +4,8 @@
 
 Without a parameter it is 0.3. The three differ in vocabulary (32,000; 0.3: 32,768), in the sliding window (0.1: 4,096
 tokens, which rows of 1,024 never reach), in rope theta (0.1: 10,000; then 1,000,000) and in the chat template; all of
-that is read from the model's own files. If the hub asks for consent, give it on the model's page and sign in once: hf auth login.
+that is read from the model's own files. If the hub asks for consent, give it on the model's page and sign in once with
+hf auth login.
 
 Your own data: --config.data.train=data/mine.jsonl --config.data.train_split=train --config.data.eval= (README.md lists
 the forms).

@@ -237,10 +237,10 @@ class Config:
         """
         flat: dict[str, Any] = {}
         for name, value in mapping.items():
-            if name not in SECTIONS:
-                flat[str(name)] = value
-            elif isinstance(value, Mapping):
+            if isinstance(value, Mapping):
                 flat |= {f"{name}.{key}": child for key, child in value.items()}
+            elif name not in SECTIONS:
+                flat[str(name)] = value
             else:
                 raise InputError(
                     f"{name} = {value!r}: {name} is a group of keys.\n"
@@ -287,10 +287,12 @@ KEYS: dict[str, Key] = {
 
 def nearest_key(path: str) -> str | None:
     """The real key that an unknown one most likely means: the same last word, else the most similar spelling."""
-    last = path.rpartition(".")[2]
+    section, _, last = path.rpartition(".")
     same = [key for key in KEYS if key.rpartition(".")[2] == last]
     if same:
-        return max(same, key=lambda key: difflib.SequenceMatcher(None, path, key).ratio())
+        return max(
+            same, key=lambda key: difflib.SequenceMatcher(None, section, key.rpartition(".")[0]).ratio()
+        )
     by_word: dict[str, str] = {key.rpartition(".")[2]: key for key in KEYS}
     for candidates in (KEYS, by_word):
         found = difflib.get_close_matches(path if candidates is KEYS else last, candidates, n=1)
