@@ -151,8 +151,9 @@ def _mark_session(run: RunDirectory) -> None:
     while time.monotonic() < patience and any(second >= int(time.time()) for second in seconds):
         time.sleep(0.05)
     writer = EventFileWriter(os.fspath(run.tensorboard))
-    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    writer.add_event(event_pb2.Event(step=(run.resumed_after or 0) + 1, session_log=start))
+    protos: Any = event_pb2  # made at run time, so that type checkers see nothing in it
+    start = protos.SessionLog(status=protos.SessionLog.START)
+    writer.add_event(protos.Event(step=(run.resumed_after or 0) + 1, session_log=start))
     writer.close()
 
 
