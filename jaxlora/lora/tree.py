@@ -23,14 +23,10 @@ def adapted_kernels(base: Mapping[str, Any], targets: Sequence[str]) -> dict[Pat
     Returns:
         {path of the module: its kernel}.
     """
-    return {
-        path[:-1]: leaf for path, leaf in leaves(base) if path[-1] == "kernel" and path[-2] in targets
-    }
+    return {path[:-1]: leaf for path, leaf in leaves(base) if path[-1] == "kernel" and path[-2] in targets}
 
 
-def adapter_shapes(
-    base: Mapping[str, Any], targets: Sequence[str], rank: int
-) -> dict[str, Any]:
+def adapter_shapes(base: Mapping[str, Any], targets: Sequence[str], rank: int) -> dict[str, Any]:
     """The adapter's tree of `jax.ShapeDtypeStruct`s for a base, the targets and a rank."""
     shapes = {}
     for path, kernel in adapted_kernels(base, targets).items():

@@ -56,9 +56,7 @@ def attention(
     return out.reshape(batch, time, heads, width)
 
 
-def rotate(
-    x: Float[Array, "B T X h"], positions: Int[Array, "B T"], theta: float
-) -> Float[Array, "B T X h"]:
+def rotate(x: Float[Array, "B T X h"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T X h"]:
     """Rotary position embedding in float32, halves rotated as in Hugging Face's layout.
 
     Args:

@@ -177,15 +177,18 @@ class Decoder(nn.Module):
             key_positions, key_segments: position and segment of every cache index (0 where nothing is written yet).
         """
         embedding = self.param(
-            "embed_tokens", lambda key: {"embedding": self._table(key)}  # a dict, as in the checkpoint's names
+            "embed_tokens",
+            lambda key: {"embedding": self._table(key)},  # a dict, as in the checkpoint's names
         )["embedding"]
         if not self.spec.tie_word_embeddings:
             self.param("lm_head", lambda key: {"embedding": self._table(key)})
         if key_positions is None or key_segments is None:
             key_positions, key_segments = positions, segments
         mask = visible(positions, segments, key_positions, key_segments, self.spec.sliding_window)
-        block = Block if self.remat == "none" else nn.remat(
-            Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False
+        block = (
+            Block
+            if self.remat == "none"
+            else nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         )
         layers = nn.scan(
             block,

@@ -27,9 +27,13 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
     known = math.prod(size for size in sizes if size != -1)
     free = [axis for axis, size in zip(AXES, sizes, strict=True) if size == -1]
     if len(free) > 1:
-        raise InputError(f"{shown}: only one axis can be -1 (all the rest); give {free[0]} or {free[1]} a number.")
+        raise InputError(
+            f"{shown}: only one axis can be -1 (all the rest); give {free[0]} or {free[1]} a number."
+        )
     if len(devices) % known if free else known != len(devices):
-        remedy = "give each a divisor of that, and -1 to one" if free else "set mesh.data = -1 to use all the rest"
+        remedy = (
+            "give each a divisor of that, and -1 to one" if free else "set mesh.data = -1 to use all the rest"
+        )
         raise InputError(f"{shown} cannot be laid over {len(devices)} devices; {remedy}.")
     shape = [len(devices) // known if size == -1 else size for size in sizes]
     return Mesh(np.asarray(devices).reshape(shape), AXES)

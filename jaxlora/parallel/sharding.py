@@ -103,5 +103,3 @@ def activation_sharding(mesh: Mesh) -> NamedSharding:
 def row_devices(mesh: Mesh) -> int:
     """How many shares the rows of a batch are cut into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
-
-

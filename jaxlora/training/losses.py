@@ -62,7 +62,9 @@ def cross_entropy(
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _cross_entropy(hidden, unembed, targets, weights, smoothing, chunk):
-    objective, losses, _ = _in_chunks(hidden, unembed, targets, weights, smoothing, chunk, with_gradient=False)
+    objective, losses, _ = _in_chunks(
+        hidden, unembed, targets, weights, smoothing, chunk, with_gradient=False
+    )
     return objective, losses
 
 

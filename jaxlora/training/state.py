@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
         step: int32, optimiser steps made.
         adapter: unscaled a and b, float32.
         moments: the optimiser's state.
-        key: random key of the run; what a step draws is derived from it by name and step.
+        key: uint32, the data of the run's random key; what a step draws is derived from it by name and step.
         settings: float32 scalars.
     """
 
@@ -43,7 +43,7 @@ class TrainState(NamedTuple):
 
 
 def new_state(adapter: dict[str, Any], key: jax.Array, settings: Settings) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step, from an adapter, a random key and the run's numbers."""
     settings = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), settings)
     moments = optimizer(settings.optimizer, 0.0).init(adapter)
-    return TrainState(jnp.zeros((), jnp.int32), adapter, moments, key, settings)
+    return TrainState(jnp.zeros((), jnp.int32), adapter, moments, jax.random.key_data(key), settings)

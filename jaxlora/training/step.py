@@ -69,7 +69,8 @@ def make_train_step(decoder: Decoder, dropout: bool = False) -> Callable[..., tu
         return total, (jnp.sum(losses.nll), jnp.sum(losses.correct))
 
     def step(state: TrainState, base: Mapping[str, Any], batch: Batch) -> tuple[TrainState, StepSums]:
-        settings, key = state.settings, named(state.key, "dropout", state.step)
+        settings = state.settings
+        key = named(jax.random.wrap_key_data(state.key), "dropout", state.step)
 
         def micro_batch(sums, inputs):
             index, rows = inputs

@@ -1,0 +1,107 @@
+"""The loop: a step, then its events, in one visible order."""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from jaxlora.training.events import EarlyStop, Evaluate, Guard, Log, Save, Standing, StepInfo, Stop
+from jaxlora.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Events:
+    """The events of a run, in the order in which they happen."""
+
+    guard: Guard
+    log: Log
+    evaluate: Evaluate
+    stop: EarlyStop
+    save: Save
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the loop runs.
+
+    Attributes:
+        step: compiled `step(state, base, batch) -> (state, sums)`; the state is donated.
+        base: frozen parameters.
+        batch: step number -> its batch on the devices.
+        total_steps: the last step.
+        asked_to_leave: whether someone asked the run to save and end.
+    """
+
+    step: Callable[[TrainState, Any, Mapping[str, Any]], tuple[TrainState, Any]]
+    base: Any
+    batch: Callable[[int], Mapping[str, Any]]
+    total_steps: int
+    asked_to_leave: Callable[[], bool] = lambda: False
+
+
+def train(program: Program, state: TrainState, standing: Standing, events: Events) -> tuple[TrainState, Stop]:
+    """Trains from the state's step to the end, or until an event stops it.
+
+    The device never waits for Python: while it works on step n, the host puts batch n + 1 beside it and looks at the
+    numbers of step n - 1. Only at a milestone (an evaluation, a save, the end) are all steps looked at first.
+
+    Args:
+        program: what to run.
+        state: where to start; its arrays are donated.
+        standing: what the run knows beyond its arrays; the events keep it up to date.
+        events: what happens around the steps.
+    Returns:
+        The last state, and why the loop ended: status "finished", "stopped_early", "diverged" or "preempted".
+    """
+    total, first = program.total_steps, int(state.step)
+    unseen: collections.deque[tuple[int, Any]] = collections.deque()
+    clock: float | None = (
+        None  # when the step before was seen; None where that says nothing of the next one's time
+    )
+
+    if first == 0:
+        start = StepInfo(0, total, {}, state=state)
+        events.evaluate(start)
+        events.stop(start)
+        events.save(start)
+
+    batch = program.batch(first + 1) if first < total else None
+    for step in range(first + 1, total + 1):
+        # ---- the step, and the next batch while it runs
+        clock = clock or time.monotonic()
+        state, sums = program.step(state, program.base, batch)
+        unseen.append((step, sums))
+        batch = program.batch(step + 1) if step < total else None
+
+        # ---- guard and log: every step, one behind unless this one is a milestone
+        leaving = step == total or program.asked_to_leave()
+        milestone = leaving or events.evaluate.due(StepInfo(step, total, {})) or step % events.save.every == 0
+        verdict: Stop | None = None
+        while len(unseen) > (0 if milestone else 1) and verdict is None:
+            number, device_sums = unseen.popleft()
+            host = {name: float(value) for name, value in jax.device_get(device_sums)._asdict().items()}
+            now = time.monotonic()
+            speed, clock = host["tokens"] / max(now - clock, 1e-9), now
+            standing.tokens += int(host["weight"])
+            info = StepInfo(number, total, host, speed)
+            verdict = events.guard(info)
+            events.log(info)
+
+        # ---- evaluate, stop, save
+        if milestone or verdict:
+            info = StepInfo(step, total, {}, state=state, leaving=leaving)
+            if verdict is None:
+                events.evaluate(info)
+                verdict = events.stop(info)
+            if verdict is not None:
+                info = dataclasses.replace(info, leaving=True)
+            events.save(info)
+            clock = None
+        if verdict is not None:
+            return state, verdict
+        if leaving and step < total:
+            return state, Stop("preempted", f"asked to leave at step {step}")
+    return state, Stop("finished", f"all {total} steps done")
