@@ -31,9 +31,9 @@ _TENSOR = re.compile(re.escape(_PREFIX) + r"layers\.(\d+)\.(\w+)\.(\w+)\.lora_([
 # new variants often, and an adapter that is taken for something else scores wrongly without a word.
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "fan_in_fan_out", "inference_mode", "layers_pattern", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
-    "megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
-    "runtime_config", "target_modules", "task_type", "use_rslora",
+    "fan_in_fan_out", "inference_mode", "layers_pattern", "loftq_config", "lora_alpha", "lora_dropout",
+    "lora_ga_config", "megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
+    "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 _REASONS = {
     "use_dora": "DoRA's magnitudes are not supported",
@@ -139,11 +139,14 @@ def load_peft(folder: str | Path, decoder_spec: DecoderSpec) -> tuple[dict[str, 
     named = config.get("target_modules")
     if isinstance(named, list):
         targets |= {str(name).split(".")[-1] for name in named}
+    for key, kinds in {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float)}.items():
+        if not isinstance(config.get(key), kinds):
+            raise InputError(f"{folder / CONFIG_FILE} has {key} {config.get(key)!r}; it must be a number.")
     try:
         spec = LoraSpec(
-            rank=config.get("r"),  # pyright: ignore[reportArgumentType]  the spec says what is wrong with it
-            alpha=config.get("lora_alpha"),  # pyright: ignore[reportArgumentType]
-            dropout=config.get("lora_dropout", 0.0),
+            rank=config["r"],
+            alpha=config["lora_alpha"],
+            dropout=config["lora_dropout"],
             targets=tuple(sorted(targets)),
             scaling="rslora" if config.get("use_rslora") else "alpha/r",
         )
@@ -241,7 +244,8 @@ def _check_tensors(
     if told:
         raise InputError(
             f"the adapter in {folder} does not fit this base ({decoder_spec.model_type}, "
-            f"{decoder_spec.num_layers} layers, hidden size {decoder_spec.hidden_size}): {told}.\nUse it with the base that it was trained on."
+            f"{decoder_spec.num_layers} layers, hidden size {decoder_spec.hidden_size}): {told}.\n"
+            "Use it with the base that it was trained on."
         )
 
 

@@ -43,7 +43,7 @@ class LoraSpec:
         rank: R, the inner size of every pair.
         alpha: numerator of the scale; its denominator is set by `scaling`.
         dropout: probability in [0, 1) with which an input element of the adapter is dropped in training.
-        targets: names out of `TARGETS`, resolved ("all-linear" and other orders are accepted and normalised).
+        targets: names out of `TARGETS`; put into their order.
         scaling: "alpha/r" (Hu et al. 2021, section 4.1) or "rslora" (alpha / sqrt(R), Kalajdzievski 2023).
     """
 

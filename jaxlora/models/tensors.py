@@ -112,8 +112,9 @@ def _equal(one: Any, other: Any, rows: int = 8192) -> bool:
     """Whether two stored matrices are the same, read a few rows at a time."""
     if one.get_shape() != other.get_shape():
         return False
-    starts = range(0, one.get_shape()[0], rows)
-    return all(np.array_equal(one[start : start + rows], other[start : start + rows]) for start in starts)
+    end = one.get_shape()[0]
+    parts = (slice(start, min(start + rows, end)) for start in range(0, end, rows))
+    return all(np.array_equal(one[part], other[part]) for part in parts)
 
 
 def listed(names: list[str]) -> str:
@@ -140,8 +141,8 @@ def weight_files(folder: Path) -> list[Path]:
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if pickles:
         raise InputError(
-            f"{folder} has its weights only as pickle files ({listed(pickles)}), which can run code and are "
-            "not read.\nConvert it once with transformers: AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)."
+            f"{folder} has its weights only as pickle files ({listed(pickles)}), which can run code: they are "
+            "not read.\nConvert them once: AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)."
         )
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     found = f"only {listed(others)}" if others else "no safetensors"

@@ -131,9 +131,9 @@ def resolve_model(path: str, revision: str = "", *, weights: bool = True) -> Mod
         InputError: no such folder or repository, no config.json, no safetensors, or no network and not cached.
     """
     local = Path(path).expanduser()
-    if local.is_dir():
+    if path and local.is_dir():
         folder, commit = local, ""
-    elif local.exists():
+    elif local.is_file():
         raise InputError(
             f"model.path {path!r} is a file; it must be a folder with config.json and safetensors."
         )
