@@ -62,7 +62,7 @@ class DataConfig(Section):
         "", "likewise, to evaluate on; '' holds out a part of data.train", _OPTIONAL_SOURCES
     )
     train_split: str = setting("train", "split of a hub data set to train on", keys.FILLED)
-    eval_split: str = setting("", "split of data.eval; '' takes its validation or test split", keys.TEXT)
+    eval_split: str = setting("", "split of data.eval; '' is its train split", keys.TEXT)
     eval_fraction: float = setting(0.02, "share of data.train held out when data.eval is ''", keys.INSIDE)
     max_length: int = setting(1024, "tokens in a row", keys.at_least(2))
     packing: bool = setting(True, "put several examples, kept apart, into one row", keys.SWITCH)

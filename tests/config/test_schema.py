@@ -23,7 +23,7 @@ from jaxlora.config.schema import (
 )
 from jaxlora.core.errors import InputError
 
-# The public keys of the design, each with a value that is allowed and is not the default (None where there is no other),
+# The public keys of the design, each with a value that is allowed and not the default (None where there is no other),
 # and some that are not allowed.
 CASES = {
     "model.path": ("folder", ["", " ", 3]),
