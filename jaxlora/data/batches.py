@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from datasets import config as datasets_config
 
 from jaxlora.core.errors import InputError
 from jaxlora.data.chat import ChatEncoder, Encoded
@@ -25,7 +26,8 @@ Batch = dict[str, np.ndarray]
 FORMAT = 1
 """Version of the encoding and of its cache: raised whenever the same input would give other arrays."""
 
-CHUNK = 500  # conversations encoded together: enough to fill every core, and a progress report every tenth second
+CHUNK = 500
+"""Conversations encoded together: enough to fill every core, and a progress report every tenth of a second."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,8 @@ def _encoded_chunks(source: Source, encoder: ChatEncoder) -> Iterator[tuple[int,
 
     starts = iter(range(0, len(source), CHUNK))
     with ThreadPoolExecutor(2, thread_name_prefix="tokenise") as pool:
-        waiting: list[tuple[int, Future[list[Encoded]]]] = [(s, pool.submit(encode, s)) for s in islice(starts, 3)]
+        waiting: list[tuple[int, Future[list[Encoded]]]] = []
+        waiting += [(s, pool.submit(encode, s)) for s in islice(starts, 3)]
         try:
             while waiting:
                 start, future = waiting.pop(0)
@@ -217,9 +220,7 @@ def _encoded_chunks(source: Source, encoder: ChatEncoder) -> Iterator[tuple[int,
 def _cache_folder(cache: Path | str | None) -> Path:
     if cache is not None:
         return Path(cache)
-    from datasets import config
-
-    return Path(config.HF_DATASETS_CACHE) / "jaxlora"
+    return Path(datasets_config.HF_DATASETS_CACHE) / "jaxlora"
 
 
 def _read_cache(path: Path) -> dict[str, np.ndarray] | None:
@@ -229,7 +230,7 @@ def _read_cache(path: Path) -> dict[str, np.ndarray] | None:
             arrays = {name: stored[name] for name in ("ids", "trained", "offsets", "source_rows", "counts")}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    sound = len(arrays["ids"]) == len(arrays["trained"]) == arrays["offsets"][-1] and len(arrays["counts"]) == 2
+    sound = len(arrays["ids"]) == len(arrays["trained"]) == arrays["offsets"][-1]
     return arrays if sound else None
 
 
@@ -271,7 +272,7 @@ class _Rows:
     def _fill(self, rows: list[tuple[int, ...]], batch_size: int) -> Batch:
         """Arrays [batch_size, T] of these rows; what they do not fill is padding (segment 0, weight 0)."""
         shape = (batch_size, self.max_length)
-        batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segments", "positions")}
+        batch: Batch = {n: np.zeros(shape, np.int32) for n in ("tokens", "targets", "segments", "positions")}
         batch["weights"] = np.zeros(shape, np.float32)
         for b, row in enumerate(rows):
             at = 0
@@ -313,7 +314,10 @@ class Batches(_Rows):
     ):
         super().__init__(examples, batch_size, max_length, packing)
         self.seed, self.shuffle = seed, shuffle
-        self._order: tuple[int, np.ndarray] | None = None  # the epoch last asked for, so as not to draw it each step
+        self._order = (
+            -1,
+            np.zeros(0, np.int64),
+        )  # the epoch last asked for, so as not to draw it at each step
 
     @property
     def steps_per_epoch(self) -> int:
@@ -347,7 +351,7 @@ class Batches(_Rows):
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
             return np.arange(len(self.rows))
-        if self._order is None or self._order[0] != epoch:
+        if self._order[0] != epoch:
             self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
         return self._order[1]
 

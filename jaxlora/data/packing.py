@@ -22,12 +22,14 @@ def pack(lengths: np.ndarray, capacity: int, *, packing: bool = True) -> list[tu
         Johnson, "Near-optimal bin packing algorithms", 1973: at most 11/9 of the optimum and 4 rows more.
     """
     lengths = np.asarray(lengths, np.int64)
-    if lengths.size and not (1 <= lengths.min() and lengths.max() <= capacity):
+    if lengths.size and not (lengths.min() >= 1 and lengths.max() <= capacity):
         raise ValueError(f"lengths lie in {lengths.min()}..{lengths.max()}; a row holds 1..{capacity}")
     if not packing:
         return [(example,) for example in range(len(lengths))]
     rows: list[list[int]] = []
-    with_free: list[list[int]] = [[] for _ in range(capacity + 1)]  # free positions -> rows that have exactly them
+    with_free: list[list[int]] = [
+        [] for _ in range(capacity + 1)
+    ]  # free positions -> rows that have exactly them
     occupied = 0  # bit f: with_free[f] is not empty
     for example in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[example])

@@ -4,39 +4,21 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import datasets
 import numpy as np
+from datasets import Dataset, Features, Value, load_dataset
+from datasets.exceptions import DatasetNotFoundError
 
 from jaxlora.core.errors import InputError
+from jaxlora.data.rows import KINDS, OPTIONAL_COLUMNS, Conversation, read_row, recognise
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-Message = dict[str, str]
-Conversation = list[Message] | str
-"""Messages {"role", "content"} in order, or the plain text of a row that is no conversation."""
-
-ROLES = ("system", "user", "assistant")
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-# The first kind whose columns are all there is the one used: a set that carries both conversations and a flattened
-# copy of them (as several on the hub do) is read as conversations.
-KINDS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "prompt_completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-OPTIONAL_COLUMNS = {"alpaca": ("input", "system"), "sharegpt": ("system",)}
-SPEAKERS = {"human": "user", "gpt": "assistant"}
-# Fields of a message that carry text which the conversation would lose if they were passed over.
-UNSUPPORTED_FIELDS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
@@ -44,7 +26,7 @@ class Part:
     """One file or hub data set: its rows, and how they are read."""
 
     name: str
-    rows: "Dataset"
+    rows: Dataset
     kind: str
 
     def describe(self) -> str:
@@ -76,7 +58,7 @@ class Source:
 
     @property
     def kind(self) -> str:
-        """The kinds of the parts: "messages", "prompt_completion", "alpaca", "sharegpt" or "text"; joined by "+" when parts differ."""
+        """The key of `KINDS` by which all rows are read; several, joined by "+", where the parts differ."""
         return "+".join(dict.fromkeys(part.kind for part in self.parts))
 
     @property
@@ -147,17 +129,23 @@ def load_conversations(
     """
     names = (paths,) if isinstance(paths, str) else tuple(paths)
     if not names or not all(names):
-        raise InputError("no training data is named; set data.train to a hub id or to a jsonl, json, csv or parquet file")
+        raise InputError(
+            "no data is named; set data.train to a hub id or to a jsonl, json, csv or parquet file"
+        )
     parts, digests = [], []
     for done, name in enumerate(names):
-        rows, digest = _load_file(Path(name).expanduser(), name, split) if _is_file(name) else _load_hub(name, split)
+        rows, digest = (
+            _load_file(Path(name).expanduser(), name, split) if _is_file(name) else _load_hub(name, split)
+        )
         if len(rows) == 0:
             raise InputError(f"{name} holds no rows; expected at least one conversation")
         parts.append(Part(name, rows, recognise(rows.column_names, name)))
         digests.append(digest)
         if progress is not None:
             progress(done + 1, len(names))
-    fingerprint = hashlib.sha256("\n".join([*digests, *(part.kind for part in parts)]).encode()).hexdigest()[:32]
+    fingerprint = hashlib.sha256("\n".join([*digests, *(part.kind for part in parts)]).encode()).hexdigest()[
+        :32
+    ]
     return Source(tuple(parts), np.arange(sum(len(part.rows) for part in parts)), fingerprint)
 
 
@@ -170,7 +158,9 @@ def split_off_eval(source: Source, fraction: float, seed: int) -> tuple[Source, 
         InputError: a fraction outside (0, 1), or nothing left to train on.
     """
     if not 0 < fraction < 1:
-        raise InputError(f"data.eval_fraction is {fraction}; it must lie between 0 and 1, or data.eval be given")
+        raise InputError(
+            f"data.eval_fraction is {fraction}; it must lie between 0 and 1, or data.eval be given"
+        )
     count = max(1, round(fraction * len(source)))
     if count >= len(source):
         raise InputError(
@@ -183,111 +173,6 @@ def split_off_eval(source: Source, fraction: float, seed: int) -> tuple[Source, 
     return source.select(np.flatnonzero(~chosen)), source.select(np.flatnonzero(chosen))
 
 
-def recognise(columns: Sequence[str], name: str) -> str:
-    """The kind of rows that have these columns.
-
-    Raises:
-        InputError: no kind has them; found and accepted columns are named.
-    """
-    for kind, needed in KINDS.items():
-        if all(column in columns for column in needed):
-            return kind
-    accepted = "; ".join("instruction, output (and input)" if kind == "alpaca" else ", ".join(needed)
-                         for kind, needed in KINDS.items())  # fmt: skip
-    raise InputError(f"{name} has the columns {', '.join(columns)}, which are not recognised. Accepted are: {accepted}")
-
-
-# ---- one row ----------------------------------------------------------------------------------------------------
-
-
-def read_row(kind: str, row: Mapping[str, Any]) -> Conversation:
-    """Reads one row of the given kind.
-
-    Args:
-        kind: a key of `KINDS`.
-        row: column -> value.
-    Returns:
-        Messages, or the text of a row of text.
-    Raises:
-        InputError: not text where text must be, an unknown role, or turns in an order no template can show.
-    """
-    if kind == "text":
-        return _text(row["text"], "text")
-    if kind == "alpaca":
-        question = _text(row["instruction"], "instruction")
-        if row.get("input"):
-            question += "\n\n" + _text(row["input"], "input")
-        messages = _system(row) + [_message("user", question), _message("assistant", _text(row["output"], "output"))]
-    elif kind == "prompt_completion":
-        messages = _turns(row["prompt"], "user", "prompt") + _turns(row["completion"], "assistant", "completion")
-    else:
-        messages = _system(row) if kind == "sharegpt" else []
-        messages += _messages(row[KINDS[kind][0]], KINDS[kind][0])
-    check_order(messages)
-    return messages
-
-
-def check_order(messages: Sequence[Message]) -> None:
-    """Raises InputError unless the user speaks first and user and assistant take turns."""
-    if not messages:
-        raise InputError("the conversation is empty")
-    speakers = [message["role"] for message in messages if message["role"] != "system"]
-    for turn, role in enumerate(speakers):
-        expected = ("user", "assistant")[turn % 2]
-        if role != expected:
-            problem = "the conversation starts with the assistant" if turn == 0 else f"two {role} turns in a row"
-            raise InputError(f"{problem}; user and assistant must take turns, the user first")
-
-
-def _system(row: Mapping[str, Any]) -> list[Message]:
-    return [_message("system", _text(row["system"], "system"))] if row.get("system") else []
-
-
-def _turns(value: Any, role: str, column: str) -> list[Message]:
-    """A prompt or completion: plain text, or messages."""
-    return [_message(role, value)] if isinstance(value, str) else _messages(value, column)
-
-
-def _messages(value: Any, column: str) -> list[Message]:
-    if isinstance(value, str):  # csv has no lists; there a conversation is written as JSON
-        try:
-            value = json.loads(value)
-        except ValueError:
-            pass
-    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(m, Mapping) for m in value):
-        raise InputError(f"{column} is {_shown(value)}; expected a list of messages with role and content")
-    return [_read_message(message, number) for number, message in enumerate(value, 1)]
-
-
-def _read_message(message: Mapping[str, Any], number: int) -> Message:
-    role = message.get("role") or message.get("from")
-    if role not in ROLES and role not in SPEAKERS:
-        raise InputError(f"message {number} has the unknown role {_shown(role)}; allowed: {', '.join(ROLES)} "
-                         f"(or {', '.join(SPEAKERS)} in sharegpt)")  # fmt: skip
-    for field in UNSUPPORTED_FIELDS:
-        if message.get(field):
-            raise InputError(f"message {number} carries {field}, which is not supported: its text would be lost")
-    content = message.get("content") if message.get("content") is not None else message.get("value")
-    return _message(SPEAKERS.get(role, role), _text(content, f"the content of message {number}"))
-
-
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{what} is {_shown(value)}; expected text")
-    return value
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "missing"
-    shown = json.dumps(value, ensure_ascii=False, default=str)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
-
-
 # ---- files and the hub --------------------------------------------------------------------------------------------
 
 
@@ -296,10 +181,8 @@ def _is_file(name: str) -> bool:
     return path.suffix.lower() in READERS or path.exists() or name.startswith(("/", "./", "../", "~"))
 
 
-def _load_file(path: Path, name: str, split: str) -> tuple["Dataset", str]:
+def _load_file(path: Path, name: str, split: str) -> tuple[Dataset, str]:
     """Reads a local file through datasets; the fingerprint is the hash of its bytes."""
-    from datasets import Features, Value, load_dataset
-
     reader = READERS.get(path.suffix.lower())
     if not path.exists():
         raise InputError(f"{name} does not exist; data.train and data.eval take a hub id or an existing file")
@@ -313,7 +196,10 @@ def _load_file(path: Path, name: str, split: str) -> tuple["Dataset", str]:
     if reader == "csv":
         # Everything is text: pandas would read "007" as 7 and "NA" as nothing.
         header = _csv_header(path, name)
-        options = {"features": Features({column: Value("string") for column in header}), "keep_default_na": False}
+        options = {
+            "features": Features({column: Value("string") for column in header}),
+            "keep_default_na": False,
+        }
     digest = hashlib.sha256(split.partition("[")[2].encode())
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -321,7 +207,10 @@ def _load_file(path: Path, name: str, split: str) -> tuple["Dataset", str]:
     try:
         with _quiet_datasets():
             rows = load_dataset(
-                reader, data_files=[str(path.resolve())], split="train" + "".join(split.partition("[")[1:]), **options
+                reader,
+                data_files=[str(path.resolve())],
+                split="train" + "".join(split.partition("[")[1:]),
+                **options,
             )
     except Exception as error:
         raise InputError(f"{name} cannot be read: {_why_unreadable(path, reader, error)}") from error
@@ -367,11 +256,8 @@ def _why_unreadable(path: Path, reader: str, error: Exception) -> str:
     return where + (str(cause).strip() or type(cause).__name__).splitlines()[0]
 
 
-def _load_hub(name: str, split: str) -> tuple["Dataset", str]:
+def _load_hub(name: str, split: str) -> tuple[Dataset, str]:
     """Loads from the hub, or from its cache; the fingerprint is the one datasets derives from the set's revision."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
     identifier, _, config = name.partition(":")
     try:
         with _quiet_datasets():
@@ -383,7 +269,9 @@ def _load_hub(name: str, split: str) -> tuple["Dataset", str]:
         reason = str(error).strip().splitlines()[0]
         if "Config name is missing" in str(error):
             configs = re.findall(r"'([^']+)'", str(error))
-            reason = f"it has several configurations; add one, as {identifier}:{configs[0] if configs else 'NAME'}"
+            reason = (
+                f"it has several configurations; add one, as {identifier}:{configs[0] if configs else 'NAME'}"
+            )
         raise InputError(f"{name} cannot be loaded: {reason}") from error
     except (ConnectionError, OSError) as error:
         raise InputError(f"{name} is not in the cache and the hub cannot be reached; "
@@ -394,8 +282,6 @@ def _load_hub(name: str, split: str) -> tuple["Dataset", str]:
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
     """Keeps datasets' own bars and log lines off the terminal: what goes wrong is said by our error."""
-    import datasets
-
     bars, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(50)

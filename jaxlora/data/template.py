@@ -10,19 +10,23 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import cast
+
+from transformers import PreTrainedTokenizerBase
 
 from jaxlora.core.errors import InputError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Messages = Sequence[dict[str, str]]
+Messages = list[dict[str, str]]
 
 _MARK = re.compile(r"slot(\d{6})mark")
 # Different lengths, so that the length by which a literal has grown tells which of the two were kept.
 _LEFT, _RIGHT = " ", " \n "
-_KEPT = {0: (False, False), len(_LEFT): (False, True), len(_RIGHT): (True, False), len(_LEFT + _RIGHT): (True, True)}
+_KEPT = {
+    0: (False, False),
+    len(_LEFT): (False, True),
+    len(_RIGHT): (True, False),
+    len(_LEFT + _RIGHT): (True, True),
+}
 
 
 class ConversationError(InputError):
@@ -64,7 +68,7 @@ class ChatTemplate:
         InputError: the tokenizer has none.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         try:
             self.source = tokenizer.get_chat_template()
         except ValueError:
@@ -83,7 +87,7 @@ class ChatTemplate:
         """
         options = {"tokenize": False, "add_generation_prompt": generation, "chat_template": self.source}
         try:
-            return list(self._tokenizer.apply_chat_template(list(conversations), **options))
+            return cast(list[str], self._tokenizer.apply_chat_template(list(conversations), **options))
         except Exception:  # a template is someone's program and may raise anything: find the conversation
             for index, messages in enumerate(conversations):
                 try:
@@ -111,7 +115,11 @@ class ChatTemplate:
         tokenizer (mistral-common) keeps it with the last user message, and so do we: it is written in front of
         that message here, exactly as the template would have written it.
         """
-        if messages[0]["role"] != "system" or messages[-1]["role"] == "user" or self._late_system_joint is None:
+        if (
+            messages[0]["role"] != "system"
+            or messages[-1]["role"] == "user"
+            or self._late_system_joint is None
+        ):
             return messages
         *_, last_user = (i for i, message in enumerate(messages) if message["role"] == "user")
         content = messages[0]["content"] + self._late_system_joint + messages[last_user]["content"]
@@ -141,7 +149,9 @@ class ChatTemplate:
                 raise InputError(f"the chat template leaves out the {role} message (message {message + 1} of "
                                  f"{len(roles)}), so its text would be lost")  # fmt: skip
             if role == "assistant" and seen.count(message) > 1:
-                raise InputError(f"the chat template shows the assistant's message {message + 1} more than once")
+                raise InputError(
+                    f"the chat template shows the assistant's message {message + 1} more than once"
+                )
         if seen != [part.message for part in padded if isinstance(part, Slot)]:
             raise InputError("the chat template orders messages by their text, which is not supported")
         return self._with_trims(plain, padded)
@@ -153,7 +163,9 @@ class ChatTemplate:
         for literal, grown in zip(plain[::2], padded[::2], strict=True):
             right, left = _KEPT.get(len(grown) - len(literal), (None, None))  # type: ignore[arg-type]
             if right is None or grown != _RIGHT * right + literal + _LEFT * left:  # type: ignore[operator]
-                raise InputError("the chat template rewrites the text around messages, which is not supported")
+                raise InputError(
+                    "the chat template rewrites the text around messages, which is not supported"
+                )
             kept.append((right, left))
         slots = [
             Slot(slot.message, trim_left=not kept[i][1], trim_right=not kept[i + 1][0])  # type: ignore[union-attr]
@@ -164,7 +176,9 @@ class ChatTemplate:
 
     def _marked(self, roles: tuple[str, ...], generation: bool, left: str = "", right: str = "") -> Layout:
         """Literals and slots of a rendering of marks, alternating, a (perhaps empty) literal first and last."""
-        messages = [{"role": role, "content": f"{left}slot{i:06d}mark{right}"} for i, role in enumerate(roles)]
+        messages = [
+            {"role": role, "content": f"{left}slot{i:06d}mark{right}"} for i, role in enumerate(roles)
+        ]
         try:
             (text,) = self.render([messages], generation=generation)
         except ConversationError as error:

@@ -1,0 +1,175 @@
+"""Tokenising pieces of text as they would be tokenised within the whole, with nothing in them read as special."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tokenizers import Encoding, Tokenizer
+
+Ticket = tuple[str, int]
+
+
+class Piece(NamedTuple):
+    """A piece of one rendered conversation: its ids are known, or wait in a queue under a ticket."""
+
+    text: str
+    ids: Sequence[int] = ()
+    ticket: Ticket | None = None
+    spans: Sequence[tuple[int, int]] = ()  # characters of `text` that are trained
+    trained: bool = False  # all of it is
+
+
+class TextTokenizer:
+    """Copies of a tokenizer to which special tokens are plain text; they share its vocabulary.
+
+    There are two, since some tokenizers (Metaspace "first") put a space before the first word of a text only: a piece
+    from the middle, handed over on its own, would look like a beginning to them.
+
+    Args:
+        backend: the tokenizer.
+        controls: tokens (text -> id) that text must never become; its special tokens are among them.
+    Attributes:
+        first, later: for what begins a text, and for what stands further in.
+        spaces_begin_words: the tokenizer is of the sentencepiece kind, which takes a space for the beginning of the
+            next word.
+    """
+
+    def __init__(self, backend: Tokenizer, controls: Mapping[str, int]):
+        state = {
+            part: _state(getattr(backend, part)) for part in ("normalizer", "pre_tokenizer", "post_processor")
+        }
+        for node in _nodes(state["post_processor"]):
+            if "trim_offsets" in node:
+                node["trim_offsets"] = False  # a token's white space counts as its text
+        self.spaces_begin_words = "▁" in json.dumps(
+            [state["normalizer"], state["pre_tokenizer"]], ensure_ascii=False
+        )
+        self.first = self.later = _text_copy(backend, controls, state)
+        spaced = [node for node in _nodes(state["pre_tokenizer"]) if node.get("prepend_scheme") == "first"]
+        if spaced:
+            for node in spaced:
+                node["prepend_scheme"] = "never"
+            self.later = _text_copy(backend, controls, state)
+
+    def ids(self, text: str, *, first: bool) -> list[int]:
+        """The ids of one piece."""
+        return (self.first if first else self.later).encode(text, add_special_tokens=False).ids
+
+
+class Queue:
+    """Pieces to be tokenised together: each different text once, character offsets only where they are needed.
+
+    Args:
+        text: the tokenizer.
+        offsets: whether spans will be asked for at all.
+    """
+
+    def __init__(self, text: TextTokenizer, *, offsets: bool):
+        self._text, self._offsets = text, offsets
+        self._waiting: dict[str, dict[str, int]] = {}
+        self._encodings: dict[str, list[Encoding]] = {}
+        self._ids: dict[Ticket, list[int]] = {}
+
+    def put(self, text: str, spans: Sequence[tuple[int, int]], *, first: bool) -> Piece:
+        """Adds a piece of a conversation, of which the characters in `spans` are trained."""
+        if list(spans) == [(0, len(text))]:
+            return Piece(text, ticket=self._ticket("first" if first else "later", text), trained=True)
+        group = ("first" if first else "later") + ("+offsets" if spans and self._offsets else "")
+        return Piece(text, ticket=self._ticket(group, text), spans=spans)
+
+    def put_document(self, text: str) -> Piece:
+        """Adds a whole text, which gets the special tokens that the tokenizer puts around any text (as "<s>")."""
+        return Piece(text, ticket=self._ticket("document", text), trained=True)
+
+    def run(self) -> None:
+        """Tokenises all that was put in, on the tokenizer's own threads."""
+        for group, texts in self._waiting.items():
+            name, _, offsets = group.partition("+")
+            tokenizer = self._text.later if name == "later" else self._text.first
+            encode = tokenizer.encode_batch if offsets else tokenizer.encode_batch_fast
+            self._encodings[group] = encode(list(texts), add_special_tokens=name == "document")
+
+    def ids(self, piece: Piece) -> Sequence[int]:
+        """The ids of a piece."""
+        if piece.ticket is None:
+            return piece.ids
+        if piece.ticket not in self._ids:
+            self._ids[piece.ticket] = self._encoding(piece.ticket).ids
+        return self._ids[piece.ticket]
+
+    def trained_ranges(self, piece: Piece) -> list[tuple[int, int]]:
+        """The tokens, as (first, one after the last), that hold at least one character of each span.
+
+        A token that holds text of the template and the first character of an answer ("▁The" after "[/INST]") is what
+        the model must produce to begin that answer. For the same reason the one space before an answer counts as its
+        first character where spaces begin words: "▁3" is two pieces only because the vocabulary has no such word.
+        """
+        if not piece.spans or piece.ticket is None:
+            return []
+        encoding, end = self._encoding(piece.ticket), len(piece.text)
+
+        def token_from(character: int) -> int:
+            tokens = (encoding.char_to_token(c) for c in range(character, end))
+            return next((token for token in tokens if token is not None), len(encoding))
+
+        ranges = []
+        for start, stop in piece.spans:
+            if self._text.spaces_begin_words and piece.text[:start].endswith(" "):
+                start -= 1
+            after = token_from(stop)
+            if after < len(encoding) and encoding.offsets[after][0] < stop:
+                after += 1
+            ranges.append((token_from(start), after))
+        return ranges
+
+    def _ticket(self, group: str, text: str) -> Ticket:
+        texts = self._waiting.setdefault(group, {})
+        return group, texts.setdefault(text, len(texts))
+
+    def _encoding(self, ticket: Ticket) -> Encoding:
+        return self._encodings[ticket[0]][ticket[1]]
+
+
+def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the tokens, the longest where one begins with another; splitting by it keeps them."""
+    alternatives = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
+    return re.compile(f"({alternatives})" if alternatives else r"(?!)()")
+
+
+def _text_copy(backend: Tokenizer, controls: Mapping[str, int], state: Mapping[str, Any]) -> Tokenizer:
+    """A tokenizer of this state with the backend's vocabulary, in which `controls` are text."""
+    added = sorted(backend.get_added_tokens_decoder().items())
+    for _, token in added:
+        token.special = token.special or token.content in controls
+    empty = {"type": "BPE", "vocab": {}, "merges": []}
+    shell = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "decoder": None,
+        "model": empty,
+    }
+    copy = Tokenizer.from_str(json.dumps({**shell, **state}))
+    copy.model = backend.model  # shared, not copied: vocabularies take a second to read and 100 MB to hold
+    copy.add_tokens([token for _, token in added])
+    if any(copy.token_to_id(token.content) != id for id, token in added if token.content not in controls):
+        # Numbers with gaps between them, which adding cannot give: these have to be read in full.
+        tokens = [{**token.__getstate__(), "id": id} for id, token in added]
+        model = json.loads(backend.to_str())["model"]
+        copy = Tokenizer.from_str(json.dumps({**shell, **state, "model": model, "added_tokens": tokens}))
+    copy.encode_special_tokens = True
+    return copy
+
+
+def _state(component: Any) -> Any:
+    """A tokenizer's component as the JSON it is stored as; None where there is none."""
+    return None if component is None else json.loads(component.__getstate__())
+
+
+def _nodes(tree: Any) -> list[dict[str, Any]]:
+    """Every dict in a JSON tree."""
+    if isinstance(tree, dict):
+        return [tree, *(node for child in tree.values() for node in _nodes(child))]
+    return [node for child in tree for node in _nodes(child)] if isinstance(tree, list) else []
