@@ -6,7 +6,6 @@ a kill (the best so far, the patience spent) is in `Standing`, which goes into e
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -116,7 +115,7 @@ class Guard:
 
 @dataclasses.dataclass
 class Log:
-    """Writes a line every `every` steps, and shows every step.
+    """Counts every step for the person, and writes and shows every `every`th and both ends.
 
     train/nll is the step's mean negative log-likelihood per trained token; train/loss is the objective, smoothing
     included: the same number when there is none.
@@ -124,32 +123,30 @@ class Log:
 
     every: int
     write: Callable[[int, Mapping[str, Any]], None]
+    tick: Callable[[int], None]
     show: Callable[..., None]
 
     def __call__(self, info: StepInfo) -> None:
+        self.tick(info.step)
+        if info.step % self.every and info.step not in (1, info.total_steps):
+            return
         sums = info.sums
         weight = max(sums["weight"], 1.0)
         loss, nll = sums["objective"] / weight, sums["nll"] / weight
-        self.show(
+        rate, speed = sums["learning_rate"], info.tokens_per_second
+        self.show(info.step, loss=loss, nll=nll, learning_rate=rate, tokens_per_second=speed)
+        self.write(
             info.step,
-            loss=loss,
-            nll=nll,
-            learning_rate=sums["learning_rate"],
-            tokens_per_second=info.tokens_per_second,
+            {
+                "train/loss": loss,
+                "train/nll": nll,
+                "train/token_accuracy": sums["correct"] / weight,
+                "train/grad_norm": sums["grad_norm"],
+                "train/learning_rate": rate,
+                "train/tokens": int(sums["weight"]),
+                "train/tokens_per_second": round(speed, 1),
+            },
         )
-        if info.step % self.every == 0 or info.step in (1, info.total_steps):
-            self.write(
-                info.step,
-                {
-                    "train/loss": loss,
-                    "train/nll": nll,
-                    "train/token_accuracy": sums["correct"] / weight,
-                    "train/grad_norm": sums["grad_norm"],
-                    "train/learning_rate": sums["learning_rate"],
-                    "train/tokens": int(sums["weight"]),
-                    "train/tokens_per_second": round(info.tokens_per_second, 1),
-                },
-            )
 
 
 @dataclasses.dataclass
@@ -184,16 +181,13 @@ class Evaluate:
         standing, nll = self.standing, metrics["nll"]
         now = {"step": info.step, "eval/nll": nll}
         standing.first, standing.last = standing.first or now, now
-        better = standing.best is None or nll < standing.best["eval/nll"]
+        best = standing.best
+        better = best is None or nll < best["eval/nll"]
         if better:
-            standing.best = now
+            best = standing.best = now
             self.keep_best(info.state)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        compared = (
-            "the best so far"
-            if better
-            else f"best {standing.best['eval/nll']:.4g} at step {standing.best['step']}"
-        )
+        compared = "the best so far" if better else f"best {best['eval/nll']:.4g} at step {best['step']}"
         self.say(f"eval at step {info.step}: {shown}  ({compared})")
 
 
@@ -235,27 +229,14 @@ class Save:
     """Saves the state every `every` steps, at every new best, and when the run leaves.
 
     Attributes:
-        save: takes (step, state, standing as JSON, best).
-        keep_last: writes a state's adapter to last/.
-        record: writes the run's record.
-        clock: seconds of this start of the run.
+        save: takes (step, state, whether it is the best).
     """
 
     standing: Standing
     every: int
-    save: Callable[[int, TrainState, dict[str, Any], bool], None]
-    keep_last: Callable[[TrainState], None]
-    record: Callable[[int], None]
-    began: float = dataclasses.field(default_factory=time.monotonic)
+    save: Callable[[int, TrainState, bool], None]
 
     def __call__(self, info: StepInfo) -> None:
         best = self.standing.best is not None and self.standing.best["step"] == info.step
-        if info.state is None or not (info.step % self.every == 0 or best or info.leaving):
-            return
-        now = time.monotonic()
-        self.standing.seconds += now - self.began
-        self.began = now
-        if info.step > 0:
-            self.save(info.step, info.state, self.standing.to_json(), best)
-        self.keep_last(info.state)
-        self.record(info.step)
+        if info.state is not None and (info.step % self.every == 0 or best or info.leaving):
+            self.save(info.step, info.state, best)

@@ -1,0 +1,134 @@
+"""What happens in a run: its events, wired to the folder and to what the person sees."""
+
+import importlib.metadata
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from jaxlora.config.build.inputs import Data, Model
+from jaxlora.config.build.programs import Programs, put_batch
+from jaxlora.config.schema import Config
+from jaxlora.runs.progress import Progress
+from jaxlora.training.evaluate import Evaluator
+from jaxlora.training.events import EarlyStop, Evaluate, Guard, Log, Save
+from jaxlora.training.loop import Events
+from jaxlora.training.recording import Recorder
+from jaxlora.training.state import TrainState
+
+if TYPE_CHECKING:
+    from jaxlora.training.answers import Answers
+
+
+def answers(config: Config, model: Model, data: Data) -> "Answers | None":
+    """The held-out prompts to answer at each evaluation, or None when eval.generate is 0."""
+    if not config.eval.generate:
+        return None
+    from jaxlora.training.answers import Answers
+
+    count = min(config.eval.generate, len(data.eval.examples))
+    rows = data.eval.examples.source_rows[:count]
+    return Answers(
+        model.decoder,
+        data.encoder,
+        [data.eval_source[int(row)] for row in rows],
+        max_new_tokens=config.eval.max_new_tokens,
+        batch_size=config.eval.batch_size,
+        mesh=model.mesh,
+    )
+
+
+def events(
+    config: Config, data: Data, evaluator: Callable[..., Any], recorder: Recorder, progress: Progress
+) -> Events:
+    """The run's events, wired to its recorder and to what the person sees.
+
+    Args:
+        evaluator: state -> (metrics, per-example columns, answers or None).
+    """
+    standing = recorder.standing
+
+    def rows(step: int) -> str:
+        found = [
+            data.train_source.where(int(data.train.examples.source_rows[e]))
+            for e in data.train.examples_in(step)
+        ]
+        return "; ".join(found[:8]) + (f"; and {len(found) - 8} more" if len(found) > 8 else "")
+
+    evaluate = Evaluate(
+        standing,
+        config.eval.every,
+        evaluator,
+        recorder.best,
+        recorder.metrics,
+        recorder.examples,
+        progress.say,
+    )
+    min_steps = config.optim.warmup_steps if config.stop.min_steps is None else config.stop.min_steps
+    return Events(
+        guard=Guard(
+            standing,
+            config.guard.on_nonfinite,
+            config.guard.max_skipped,
+            rows,
+            recorder.metrics,
+            progress.say,
+        ),
+        log=Log(config.log.every, recorder.metrics, progress.step, progress.train),
+        evaluate=evaluate,
+        stop=EarlyStop(standing, config.stop.patience, config.stop.min_delta, min_steps, evaluate.due),
+        save=Save(standing, config.checkpoint.every, recorder.save),
+    )
+
+
+def evaluator(
+    config: Config,
+    model: Model,
+    data: Data,
+    programs: Programs,
+    base: Any,
+    answers: "Answers | None",
+    progress: Progress,
+) -> Callable[[TrainState], tuple[dict[str, float], dict[str, list[Any]], dict[str, list[Any]] | None]]:
+    """state -> (metrics by name, per-example columns, answers' columns or None): all that an evaluation finds."""
+    score = Evaluator(programs.evaluate, data.eval, put_batch(model), config.eval.metrics)
+
+    def run(state: TrainState):
+        progress.eval(0, data.eval.num_batches)
+        metrics, per_example = score(state.adapter, state.settings.lora_scale, base, progress.eval)
+        if answers is None:
+            return metrics, per_example, None
+        with progress.stage("answering held-out prompts") as stage:
+            found = answers.answer(state.adapter, state.settings.lora_scale, base, stage)
+        columns = {
+            name: [getattr(a, name) for a in found] for name in ("prompt", "reference", "text", "exact")
+        }
+        exact = sum(a.exact for a in found) / len(found)
+        return {**metrics, "exact_match": exact}, per_example, columns
+
+    return run
+
+
+def facts(config: Config, model: Model, data: Data) -> dict[str, Any]:
+    """The fields of record.json that are known before the first step."""
+    import jaxlora
+
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
+    devices = model.mesh.devices
+    return {
+        "versions": {"jaxlora": jaxlora.__version__}
+        | {name: importlib.metadata.version(name) for name in names},
+        "devices": f"{devices.size} x {devices.flat[0].device_kind}",
+        "data": {
+            name: {
+                "fingerprint": source.fingerprint,
+                "examples": len(batches.examples),
+                "tokens": batches.examples.tokens,
+                "trained_tokens": batches.examples.trained_tokens,
+            }
+            for name, source, batches in (
+                ("train", data.train_source, data.train),
+                ("eval", data.eval_source, data.eval),
+            )
+        },
+        "baseline": config.journal.baseline,
+        "hypothesis": config.journal.hypothesis,
+    }

@@ -1,0 +1,270 @@
+"""Fine-tune one adapter: python -m jaxlora.train --config configs/quickstart.py"""
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxlora.config.load import CommandParser, add_config_argument, config_name, load_config, parse_arguments
+from jaxlora.config.schema import Config, to_dict
+from jaxlora.core import cli
+
+if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help answers at once
+    from jaxlora.config.build.inputs import Data, Model
+    from jaxlora.runs.directory import RunDirectory
+    from jaxlora.runs.progress import Progress
+    from jaxlora.training.state import TrainState
+
+ENDED = ("finished", "stopped_early", "diverged")
+"""Statuses of a run that has nothing left to do."""
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = CommandParser(
+        prog="python -m jaxlora.train",
+        description="Fine-tune a LoRA adapter. The same command with the same --workdir goes on where it stopped.",
+    )
+    add_config_argument(parser)
+    parser.add_argument(
+        "--workdir", type=Path, help="the run's folder (default: runs/<MonDD_HH-MM-SS>_<config>)"
+    )
+    arguments, overrides = parse_arguments(parser, argv)
+    config = load_config(arguments.config, overrides)
+    return fine_tune(config, arguments.workdir, arguments.config, overrides)
+
+
+def fine_tune(
+    config: Config, workdir: Path | None, config_argument: str, overrides: Sequence[str] = ()
+) -> int:
+    """Runs one fine-tuning from config to adapter.
+
+    Args:
+        config: the run.
+        workdir: its folder, or None for a new one named by the time.
+        config_argument, overrides: what was typed, for the commands that are printed.
+    Returns:
+        The exit code: 0 when finished, stopped early, diverged (as far as a run can) or saved on request.
+    """
+    from jaxlora.core.compilation import use_persistent_cache
+    from jaxlora.runs.directory import RunDirectory, default_path
+    from jaxlora.runs.progress import Progress
+
+    path = workdir or default_path(config_name(config_argument))
+    command = " ".join(
+        ["python -m jaxlora.train", "--config", config_argument, *overrides, "--workdir", str(path)]
+    )
+    with Progress() as progress:
+        # An existing folder is looked at before anything slow: it may hold another run, or a finished one.
+        run = RunDirectory.open(path, to_dict(config)) if path.exists() else None
+        if run and run.record.get("status") in ENDED:
+            progress.say(f"{path}: this run has ended ({run.record['status']}: {run.record.get('reason')})")
+            _tell_outcome(run, progress, command)
+            return cli.EXIT_OK
+        use_persistent_cache()
+        return _fine_tune(config, path, run, progress, command)
+
+
+def _fine_tune(
+    config: Config, path: Path, run: "RunDirectory | None", progress: "Progress", command: str
+) -> int:
+    with progress.stage("starting JAX"):
+        import jax
+
+        from jaxlora.config.build import inputs, programs, wiring
+        from jaxlora.runs.checkpoints import Checkpoints
+        from jaxlora.runs.directory import RunDirectory
+        from jaxlora.runs.writers import Writers
+        from jaxlora.training.events import Standing
+        from jaxlora.training.loop import Program, train
+        from jaxlora.training.recording import Recorder
+
+        jax.devices()
+
+    # ---- what is wrong with the input shows here, before there is a folder or a long wait
+    model = inputs.model(config)
+    with progress.stage("reading the data") as stage:
+        data = inputs.data(config, inputs.encoder(model, config.data.train_on), progress.say, stage)
+    total = inputs.total_steps(config, data.train)
+    progress.total_steps = total
+    with progress.stage("loading the base") as stage:
+        base = inputs.base(model, stage)
+    state = programs.first_state(config, model, total)
+
+    run = run or RunDirectory.open(path, to_dict(config))
+    with run, Checkpoints(run.checkpoints, config.checkpoint.keep) as checkpoints, Writers(run) as writers:
+        # ---- go on where the run stopped
+        standing = Standing()
+        if run.resumed:
+            restored = checkpoints.restore(state)
+            for line in checkpoints.skipped:
+                progress.say(line)
+            if restored:
+                state, standing = restored.state, Standing.from_json(restored.host)
+            run.truncate(restored.step if restored else -1)
+            checkpoints.truncate(restored.step if restored else 0)
+            progress.say(
+                f"going on after step {restored.step}"
+                if restored
+                else "starting afresh: nothing was saved yet"
+            )
+
+        # ---- compile, and say what is going to happen
+        with progress.stage("compiling the training and evaluation steps"):
+            compiled = programs.compile_programs(config, model, state)
+        _tell_plan(config, model, data, state, total, path, progress)
+
+        # ---- train
+        facts = wiring.facts(config, model, data)
+        recorder = Recorder(
+            run, writers, checkpoints, standing, programs.lora_spec(config), model.files, facts, progress.say
+        )
+        writers.hparams(to_dict(config))
+        recorder.record("running", None)
+        evaluator = wiring.evaluator(
+            config, model, data, compiled, base, wiring.answers(config, model, data), progress
+        )
+        events = wiring.events(config, data, evaluator, recorder, progress)
+        put = programs.put_batch(model, config.train.batch_size // config.train.micro_batch_size)
+        with _leaving_on_request(progress) as asked:
+            program = Program(compiled.train, base, lambda step: put(data.train.batch(step)), total, asked)
+            progress.begin(int(state.step))
+            try:
+                state, end = train(program, state, standing, events)
+            except BaseException as error:
+                recorder.record("failed", f"{type(error).__name__}: {error}".splitlines()[0])
+                raise
+            progress.finish()
+            with progress.stage("writing the last checkpoint"):
+                checkpoints.wait()
+        recorder.record(end.status, end.reason, int(state.step))
+        progress.say(f"{end.status.replace('_', ' ')}: {end.reason}")
+        _tell_outcome(run, progress, command)
+    return cli.EXIT_OK
+
+
+@contextmanager
+def _leaving_on_request(progress: "Progress") -> Iterator[Callable[[], bool]]:
+    """While open, SIGTERM and SIGINT ask the run to save and end; a second one ends it at once."""
+    received: list[int] = []
+
+    def ask(number: int, _frame: Any) -> None:
+        if received:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        received.append(number)
+        progress.say(
+            f"{signal.Signals(number).name}: saving after this step and leaving (once more: at once)"
+        )
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---- what a person reads ------------------------------------------------------------------------------------------
+
+
+def _tell_plan(
+    config: Config,
+    model: "Model",
+    data: "Data",
+    state: "TrainState",
+    total: int,
+    path: Path,
+    progress: "Progress",
+) -> None:
+    """The summary before training."""
+    from jaxlora.core.tree import count, leaves
+    from jaxlora.training.optimizer import decay_budget
+
+    trained, frozen = count(state.adapter), count(model.shapes())
+    train, optim = data.train, config.optim
+    devices = model.mesh.devices
+    mesh = ", ".join(f"{axis} {size}" for axis, size in model.mesh.shape.items())
+    stop = config.stop.patience
+    targets = dict.fromkeys(path[-2] for path, _ in leaves(state.adapter))
+    rows = [
+        ("run folder", path),
+        (
+            "model",
+            f"{config.model.path} ({model.spec.model_type}, {frozen / 1e6:,.1f} M parameters, {config.model.dtype})",
+        ),
+        (
+            "adapter",
+            f"rank {config.lora.rank} on {', '.join(targets)}, scale "
+            f"{float(state.settings.lora_scale):g}: {trained:,} trainable parameters ({trained / frozen:.2%})",
+        ),
+        ("devices", f"{devices.size} x {devices.flat[0].device_kind} (mesh: {mesh})"),
+        (
+            "data",
+            f"{len(train.examples):,} examples in {len(train.rows):,} rows of {config.data.max_length} "
+            f"({train.efficiency:.0%} filled); {len(data.eval.examples):,} held out",
+        ),
+        (
+            "steps",
+            f"{total:,} of {config.train.batch_size} rows ({config.train.micro_batch_size} at once); "
+            f"{train.steps_per_epoch:,} an epoch; an evaluation every {config.eval.every:,}",
+        ),
+        (
+            "learning rate",
+            f"{optim.learning_rate:g} after {optim.warmup_steps:,} steps of warmup "
+            f"({optim.warmup_steps / total:.0%} of the run), then {optim.schedule}",
+        ),
+        (
+            "weight decay",
+            f"{optim.weight_decay:g}: shrinks a weight by {decay_budget(state.settings.optimizer):.2%} over the run",
+        ),
+        ("early stop", f"after {stop} evaluations without improvement" if stop else "off"),
+    ]
+    progress.table("what will be done", rows)
+
+
+def _tell_outcome(run: "RunDirectory", progress: "Progress", command: str) -> None:
+    """The summary after training, from the run's folder alone."""
+    record = run.record
+    best, first, last = (record.get(key) or {} for key in ("best", "first", "last"))
+    rows: list[tuple[str, Any]] = [
+        ("steps", f"{record.get('steps', 0):,} in {record.get('seconds', 0):,.0f} s")
+    ]
+    if best:
+        rows.append(("eval nll before", f"{first['eval/nll']:.4f}"))
+        rows.append(("eval nll at best", f"{best['eval/nll']:.4f} (step {best['step']:,})"))
+        rows.append(("eval nll at last", f"{last['eval/nll']:.4f} (step {last['step']:,})"))
+        rows.append(("adapter", f"{run.best} (the best), {run.last} (the last)"))
+        rows.append(("try it", f"python -m jaxlora.generate --run {run.path}"))
+    if record.get("status") not in ENDED:
+        rows.append(("go on", command))
+    progress.table("what came of it", rows)
+    _tell_answers(run, progress)
+
+
+def _tell_answers(run: "RunDirectory", progress: "Progress", count: int = 5) -> None:
+    """A few held-out questions, with the answer before training and at the best evaluation."""
+    scores = {line["step"]: line["eval/exact_match"] for line in run.metrics() if "eval/exact_match" in line}
+    best = (run.record.get("best") or {}).get("step")
+    if 0 not in scores or best not in scores:
+        return
+    before, after = run.read_evaluation(0, "answers"), run.read_evaluation(best, "answers")
+    columns = (before["prompt"], before["text"], after["text"], before["reference"])
+    rows = [
+        [_shortened(cell) for cell in row]
+        for row in zip(*(column[:count] for column in columns), strict=True)
+    ]
+    progress.table(
+        f"exact match on {len(before['prompt'])} held-out questions: {scores[0]:.1%} before, {scores[best]:.1%} after",
+        rows,
+        header=("question", "before", "after", "expected"),
+    )
+
+
+def _shortened(text: str, most: int = 60) -> str:
+    flat = " ".join(str(text).split())
+    return flat if len(flat) <= most else flat[: most - 1] + "…"
+
+
+if __name__ == "__main__":
+    cli.run(main)
