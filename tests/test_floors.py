@@ -87,7 +87,7 @@ def imports(module: str, tree: ast.AST) -> Iterator[str]:
 
 
 def at_import(tree: ast.Module) -> ast.Module:
-    """The tree without the bodies of functions: what runs when a module is imported."""
+    """The tree without the bodies of functions and of `if TYPE_CHECKING`: what runs when a module is imported."""
 
     class Drop(ast.NodeTransformer):
         def visit_FunctionDef(self, node):
@@ -95,6 +95,11 @@ def at_import(tree: ast.Module) -> ast.Module:
             return self.generic_visit(node)
 
         visit_AsyncFunctionDef = visit_FunctionDef  # noqa: N815
+
+        def visit_If(self, node):
+            if ast.unparse(node.test).endswith("TYPE_CHECKING"):
+                node.body = [ast.Pass()]
+            return self.generic_visit(node)
 
         def visit_Lambda(self, node):
             return ast.copy_location(ast.Constant(None), node)
@@ -262,6 +267,10 @@ PLANTED = {
     "jax in experiments": (reach_problems, {"jaxlora.experiments.x": "from jax import Array"}),
     "optax in models": (reach_problems, {"jaxlora.models.x": "import optax"}),
     "lora in models": (reach_problems, {"jaxlora.models.x": "from jaxlora.lora.tree import init"}),
+    "a slow command, unless types are checked": (
+        reach_problems,
+        {"jaxlora.train": "if TYPE_CHECKING:\n    x = 1\nelse:\n    import jax"},
+    ),
     "a slow command": (reach_problems, {"jaxlora.train": "from jaxlora.core.prng import named"}),
     "devices at import": (device_problems, {"jaxlora.parallel.mesh": "import jax\nN = len(jax.devices())"}),
     "devices in a default": (
@@ -284,7 +293,8 @@ def test_a_planted_violation_is_caught(name):
 
 def test_what_is_allowed_is_not_reported():
     allowed = {
-        "jaxlora.train": "def main(argv):\n    import jax\n    from jaxlora.training import loop\n    jax.devices()",
+        "jaxlora.train": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import jax\n"
+        "def main(argv):\n    import jax\n    from jaxlora.training import loop\n    jax.devices()",
         "jaxlora.training.loop": "import jax\nfrom jaxlora.training.step import f\nfrom jaxlora.runs import x",
         "jaxlora.training.step": "import jax\ndef f(): return jax.devices()",
         "jaxlora.runs.x": "from jaxlora.core.prng import named",
