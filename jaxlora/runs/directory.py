@@ -210,7 +210,8 @@ class RunDirectory:
         Raises:
             FileNotFoundError: there was no such evaluation.
         """
-        rows = [json.loads(line) for line in (self.evaluations / f"{name}-{int(step):08d}.jsonl").open()]
+        file = self.evaluations / f"{name}-{int(step):08d}.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
         names = dict.fromkeys(key for row in rows for key in row)
         return {key: [row.get(key) for row in rows] for key in names}
 

@@ -292,8 +292,8 @@ class Progress:
         """ "step 50/400", the facts, and the time left where it is known."""
         counter = f"step {step:>{len(str(self.total_steps))}}/{self.total_steps or '?'}"
         seconds = self._clock.seconds_a_step()
-        known = seconds is not None and step < self.total_steps
-        left = f"{_duration(seconds * (self.total_steps - step))} left" if known else ""
+        steps_left = self.total_steps - step
+        left = f"{_duration(seconds * steps_left)} left" if seconds is not None and steps_left > 0 else ""
         return "  ".join(part for part in (counter, *facts, left) if part)
 
 
