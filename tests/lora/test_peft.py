@@ -1,0 +1,445 @@
+"""Adapters travel: PEFT loads our folders and computes our logits, and we load PEFT's; variants are refused."""
+
+import json
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from jaxlora.core.errors import InputError
+from jaxlora.core.tree import leaves, map_leaves, unflatten
+from jaxlora.lora.peft import CONFIG_FILE, WEIGHTS_FILE, load_peft, read_config, save_peft
+from jaxlora.lora.spec import TARGETS, LoraSpec
+from jaxlora.lora.tree import adapter_shapes, scale
+from jaxlora.models.decoder import Decoder, unembedding
+from jaxlora.models.spec import DecoderSpec
+from jaxlora.models.weights import load_params, param_shapes, resolve_model
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 30,
+    "intermediate_size": 47,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
+SPEC = DecoderSpec.from_hf(SIZES | {"model_type": "qwen2"})
+PREFIX = "base_model.model.model.layers"
+
+
+def random_adapter(lora, spec=SPEC, seed=0):
+    """An adapter in which b is not zero, as after training."""
+    rng = np.random.default_rng(seed)
+    base = unflatten({path: jax.ShapeDtypeStruct(s, jnp.float32) for path, s in param_shapes(spec).items()})
+    shapes = adapter_shapes(base, lora.targets, lora.rank)
+    return map_leaves(lambda _, leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes)
+
+
+def assert_equal(one, other):
+    one, other = dict(leaves(one)), dict(leaves(other))
+    assert one.keys() == other.keys()
+    for path, leaf in one.items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(other[path]), err_msg=str(path))
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraSpec(rank=4, alpha=8.0),
+        LoraSpec(rank=1, alpha=0.5, targets=("v_proj", "q_proj"), scaling="rslora", dropout=0.1),
+        LoraSpec(rank=33, targets=("down_proj",)),
+    ],
+)
+def test_a_saved_adapter_comes_back_the_same(lora, tmp_path):
+    adapter = random_adapter(lora)
+    save_peft(tmp_path / "runs" / "a", jax.tree.map(jnp.asarray, adapter), lora, "owner/base", "abc")
+    loaded, loaded_spec = load_peft(tmp_path / "runs" / "a", SPEC)
+    assert loaded_spec == lora
+    assert_equal(loaded, adapter)
+    assert {leaf.dtype for _, leaf in leaves(loaded)} == {np.dtype(np.float32)}
+
+
+def test_the_config_says_everything_that_others_read(tmp_path):
+    lora = LoraSpec(rank=4, alpha=8.0, dropout=0.05, targets=("v_proj", "q_proj"), scaling="rslora")
+    save_peft(tmp_path / "a", random_adapter(lora), lora, "owner/base", "abc123")
+    config = read_config(tmp_path / "a")
+    said = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.05,
+        "use_rslora": True,
+        "use_dora": False,
+        "bias": "none",
+        "target_modules": ["q_proj", "v_proj"],
+        "base_model_name_or_path": "owner/base",
+        "revision": "abc123",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "fan_in_fan_out": False,
+    }
+    assert {key: config[key] for key in said} == said
+    assert isinstance(config["lora_alpha"], int)  # vLLM reads an integer
+
+
+def test_the_tensors_are_those_of_peft(tmp_path):
+    lora = LoraSpec(rank=4, targets=("q_proj", "down_proj"))
+    adapter = random_adapter(lora)
+    save_peft(tmp_path / "a", adapter, lora, "base")
+    tensors = load_file(tmp_path / "a" / WEIGHTS_FILE)
+    assert len(tensors) == 2 * 2 * SPEC.num_layers
+    q = adapter["layers"]["self_attn"]["q_proj"]
+    np.testing.assert_array_equal(tensors[f"{PREFIX}.2.self_attn.q_proj.lora_A.weight"], q["a"][2].T)
+    np.testing.assert_array_equal(tensors[f"{PREFIX}.2.self_attn.q_proj.lora_B.weight"], q["b"][2].T)
+    assert tensors[f"{PREFIX}.0.mlp.down_proj.lora_A.weight"].shape == (4, 47)
+    with safe_open(tmp_path / "a" / WEIGHTS_FILE, "numpy") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers refuses a file without it
+
+
+def test_the_same_adapter_gives_the_same_bytes(tmp_path):
+    lora = LoraSpec(rank=4)
+    adapter = random_adapter(lora)
+    backwards = unflatten(dict(reversed(list(leaves(adapter)))))
+    save_peft(tmp_path / "a", adapter, lora, "base")
+    save_peft(tmp_path / "b", backwards, LoraSpec(rank=4, targets=tuple(reversed(TARGETS))), "base")
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+# --- written so that a kill leaves the old adapter or the new one ---
+
+
+class Killed(BaseException):
+    pass
+
+
+def save_killed_at(monkeypatch, call, *args):
+    """Runs save_peft and stops it at its n-th change of the file system; returns whether it got that far."""
+    import os
+    import pathlib
+    import shutil
+
+    calls = 0
+
+    def stopping(function):
+        def run(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return run
+
+    with monkeypatch.context() as patch:
+        for owner, name in (
+            (os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"), (pathlib.Path, "mkdir"),
+            (pathlib.Path, "unlink"),
+        ):  # fmt: skip
+            patch.setattr(owner, name, stopping(getattr(owner, name)))
+        try:
+            save_peft(*args)
+        except Killed:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["over an older one", "the first one"])
+def test_killed_at_any_moment_the_folder_holds_the_old_adapter_or_the_new(first, tmp_path, monkeypatch):
+    lora = LoraSpec(rank=4)
+    old, new = random_adapter(lora, seed=1), random_adapter(lora, seed=2)
+    found = []
+    for call in range(1, 100):
+        folder = tmp_path / str(call) / "best"
+        if not first:
+            save_peft(folder, old, lora, "base")
+        killed = save_killed_at(monkeypatch, call, folder, new, lora, "base")
+        if folder.exists():
+            loaded, _ = load_peft(folder, SPEC)
+            is_new = np.array_equal(
+                loaded["layers"]["mlp"]["up_proj"]["a"], new["layers"]["mlp"]["up_proj"]["a"]
+            )
+            assert_equal(loaded, new if is_new else old)
+            found.append("new" if is_new else "old")
+        else:
+            assert first
+            found.append("none")
+        # Whatever was left behind, the next save completes and tidies up.
+        save_peft(folder, new, lora, "base")
+        assert_equal(load_peft(folder, SPEC)[0], new)
+        assert [path.name for path in folder.parent.iterdir()] == ["best"]
+        assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+        if not killed:
+            break
+    assert found[0] == ("none" if first else "old")
+    assert found[-1] == "new"
+    assert len(found) > 4
+
+
+def test_an_adapter_with_other_settings_is_never_mixed_with_the_old_one(tmp_path, monkeypatch):
+    old, new = LoraSpec(rank=4, alpha=4.0), LoraSpec(rank=4, alpha=64.0)
+    for call in range(1, 100):
+        folder = tmp_path / str(call)
+        save_peft(folder, random_adapter(old, seed=1), old, "base")
+        (folder / "README.md").write_text("kept")
+        killed = save_killed_at(monkeypatch, call, folder, random_adapter(new, seed=2), new, "base")
+        try:
+            loaded, spec = load_peft(folder, SPEC)
+        except InputError as error:
+            assert f"no {WEIGHTS_FILE}" in str(error)  # noqa: PT017
+        else:
+            assert_equal(loaded, random_adapter(old, seed=1) if spec == old else random_adapter(new, seed=2))
+        assert (folder / "README.md").read_text() == "kept"
+        if not killed:
+            break
+    assert spec == new
+
+
+# --- PEFT itself ---
+
+
+@pytest.fixture
+def peft():
+    pytest.importorskip("torch")
+    return pytest.importorskip("peft")
+
+
+def make_base(folder, name):
+    """A tiny random base in transformers, and the same one in ours."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**SIZES)
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.15)
+    model.save_pretrained(folder)
+    files = resolve_model(str(folder))
+    spec = DecoderSpec.from_hf(files.config)
+    return model, load_params(files, spec, "float32"), spec
+
+
+def our_logits(spec, base, adapter, lora, tokens):
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    variables = {"params": base, "lora": scale(jax.tree.map(jnp.asarray, adapter), lora.scale)}
+    hidden = Decoder(spec, dtype=jnp.float32).apply(
+        variables, jnp.asarray(tokens), positions, jnp.ones_like(positions)
+    )
+    return np.asarray(jnp.einsum("BTD,VD->BTV", hidden, unembedding(base)))
+
+
+def their_logits(model, tokens):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens).long()).logits.numpy()
+
+
+TOKENS = np.random.default_rng(3).integers(0, SIZES["vocab_size"], (2, 13)).astype(np.int32)
+LORAS = {
+    "all-linear": LoraSpec(rank=4, alpha=8.0),
+    "q and v, rslora": LoraSpec(rank=9, alpha=4.0, targets=("q_proj", "v_proj"), scaling="rslora"),
+    "rank 1, down": LoraSpec(rank=1, alpha=1.5, targets=("o_proj", "down_proj"), dropout=0.3),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::UserWarning:peft")
+@pytest.mark.parametrize("name", ["Qwen2", "Mistral"])
+@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
+def test_peft_loads_our_folder_and_gives_our_logits(name, lora, tmp_path, peft):
+    model, base, spec = make_base(tmp_path / "base", name)
+    adapter = random_adapter(lora, spec)
+    save_peft(tmp_path / "a", adapter, lora, str(tmp_path / "base"))
+    bare = their_logits(model, TOKENS)
+    theirs = their_logits(peft.PeftModel.from_pretrained(model, tmp_path / "a").eval(), TOKENS)
+    assert np.abs(theirs - bare).max() > 0.1  # the adapter is felt
+    assert np.abs(our_logits(spec, base, adapter, lora, TOKENS) - theirs).max() < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::UserWarning:peft")
+@pytest.mark.parametrize("name", ["Qwen2", "Mistral"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], r".*\.(up|down)_proj"])
+def test_a_folder_that_peft_wrote_is_read_and_written_again(name, targets, tmp_path, peft):
+    import torch
+
+    model, base, spec = make_base(tmp_path / "base", name)
+    config = peft.LoraConfig(
+        r=5, lora_alpha=7, lora_dropout=0.2, target_modules=targets, task_type="CAUSAL_LM", use_rslora=True
+    )
+    model = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.normal_(0.0, 0.3)
+    model.save_pretrained(tmp_path / "theirs")
+
+    adapter, lora = load_peft(tmp_path / "theirs", spec)
+    expected = {
+        "all-linear": TARGETS,
+        "['q_proj', 'v_proj']": ("q_proj", "v_proj"),
+        r".*\.(up|down)_proj": ("up_proj", "down_proj"),
+    }
+    assert lora == LoraSpec(5, 7.0, 0.2, expected[str(targets)], "rslora")
+    theirs = their_logits(model, TOKENS)
+    assert np.abs(our_logits(spec, base, adapter, lora, TOKENS) - theirs).max() < 1e-4
+
+    save_peft(tmp_path / "ours", adapter, lora, "base")
+    first, second = (load_file(tmp_path / folder / WEIGHTS_FILE) for folder in ("theirs", "ours"))
+    assert first.keys() == second.keys()
+    for tensor_name, tensor in first.items():
+        np.testing.assert_array_equal(tensor, second[tensor_name], err_msg=tensor_name)
+
+
+def test_an_adapter_stored_in_half_precision_is_read(tmp_path):
+    import ml_dtypes
+
+    lora = LoraSpec(rank=4)
+    save_peft(tmp_path / "a", random_adapter(lora), lora, "base")
+    tensors = load_file(tmp_path / "a" / WEIGHTS_FILE)
+    half = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
+    save_file(half, tmp_path / "a" / WEIGHTS_FILE)
+    loaded, _ = load_peft(tmp_path / "a", SPEC)
+    expected = map_leaves(
+        lambda _, leaf: leaf.astype(ml_dtypes.bfloat16).astype(np.float32), random_adapter(lora)
+    )
+    assert_equal(loaded, expected)
+
+
+# --- what is refused ---
+
+
+@pytest.fixture
+def folder(tmp_path):
+    lora = LoraSpec(rank=4, targets=("q_proj", "v_proj"))
+    save_peft(tmp_path / "a", random_adapter(lora), lora, "base")
+    return tmp_path / "a"
+
+
+def refused(folder, said, spec=SPEC):
+    with pytest.raises(InputError, match=said) as caught:
+        load_peft(folder, spec)
+    assert str(caught.value).count("\n") < 2
+    return str(caught.value)
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps(config | changes))
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / WEIGHTS_FILE)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS_FILE)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_dora", True),
+        ("modules_to_save", ["lm_head"]),
+        ("rank_pattern", {"q_proj": 8}),
+        ("alpha_pattern", {"q_proj": 8}),
+        ("layers_to_transform", [0, 1]),
+        ("trainable_token_indices", [3]),
+        ("layer_replication", [[0, 2], [1, 3]]),
+        ("lora_bias", True),
+        ("use_qalora", True),
+        ("a_variant_of_next_year", {"x": 1}),
+        ("bias", "lora_only"),
+        ("task_type", "SEQ_CLS"),
+        ("peft_type", "IA3"),
+        ("init_lora_weights", "pissa"),
+        ("r", 0),
+        ("r", "4"),
+        ("r", None),
+        ("lora_alpha", None),
+        ("lora_dropout", 1.5),
+        ("target_modules", ["q_proj", "v_proj", "lm_head"]),
+    ],
+)
+def test_variants_and_impossible_settings_are_refused_by_name(folder, key, value):
+    change_config(folder, **{key: value})
+    said = refused(folder, CONFIG_FILE)
+    words = {"r": ("r ", "rank"), "lora_dropout": ("dropout",), "target_modules": ("lm_head",)}
+    assert any(word in said for word in words.get(key, (key,)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("peft_version", "9.9"),
+        ("init_lora_weights", "gaussian"),
+        ("inference_mode", False),
+        ("new_key", None),
+    ],
+)
+def test_settings_that_change_nothing_are_read(folder, key, value):
+    expected, _ = load_peft(folder, SPEC)
+    change_config(folder, **{key: value})
+    assert_equal(load_peft(folder, SPEC)[0], expected)
+
+
+def test_an_adapter_for_another_base_says_which_tensors_do_not_fit(folder):
+    wider = DecoderSpec.from_hf(SIZES | {"model_type": "qwen2", "hidden_size": 36})
+    said = refused(folder, "does not fit this base.*hidden size 36", wider)
+    assert "12 of another shape" in said
+    assert "layers.0.self_attn.q_proj.lora_A.weight is [4, 30] instead of [4, 36]" in said
+    assert "and 2 more" in said
+    deeper = DecoderSpec.from_hf(SIZES | {"model_type": "qwen2", "num_hidden_layers": 4})
+    assert "4 missing (layers.3.self_attn" in refused(folder, "does not fit", deeper)
+    shallower = DecoderSpec.from_hf(SIZES | {"model_type": "qwen2", "num_hidden_layers": 2})
+    assert "4 unexpected (layers.2.self_attn" in refused(folder, "does not fit", shallower)
+
+
+def test_a_rank_that_is_not_that_of_the_tensors(folder):
+    change_config(folder, r=8)
+    refused(folder, r"lora_A.weight is \[4, 30\] instead of \[8, 30\]")
+
+
+def test_a_missing_tensor_and_a_missing_target(folder):
+    change_tensors(folder, lambda tensors: tensors.pop(f"{PREFIX}.1.self_attn.v_proj.lora_B.weight"))
+    refused(folder, r"1 missing \(layers.1.self_attn.v_proj.lora_B.weight\)")
+    change_config(folder, target_modules=["q_proj", "v_proj", "up_proj"])
+    refused(folder, "7 missing.*layers.0.mlp.up_proj")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_model.model.model.embed_tokens.lora_embedding_A",
+        "base_model.model.lm_head.lora_A.weight",
+        f"{PREFIX}.0.self_attn.q_proj.lora_magnitude_vector",
+        f"{PREFIX}.0.block_sparse_moe.gate.lora_A.weight",
+    ],
+)
+def test_tensors_beside_the_pairs_of_projections_are_refused_by_name(folder, name):
+    change_tensors(folder, lambda tensors: tensors.update({name: np.zeros((4, 30), np.float32)}))
+    assert name in refused(folder, "not LoRA pairs of the projections")
+
+
+def test_a_folder_that_is_missing_or_no_adapter(tmp_path, folder):
+    refused(tmp_path / "nowhere", "nowhere does not exist")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", f"has no {CONFIG_FILE}")
+    (folder / CONFIG_FILE).write_text("{")
+    refused(folder, "not valid JSON")
+
+
+def test_missing_cut_and_pickled_weights(folder):
+    whole = (folder / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(whole[:-1])
+    refused(folder, "cut short")
+    (folder / WEIGHTS_FILE).unlink()
+    refused(folder, f"no {WEIGHTS_FILE}")
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps({}))
+    refused(folder, "adapter_model.bin is a pickle")
