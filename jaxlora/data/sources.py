@@ -1,5 +1,6 @@
 """From a data set's name to conversations: hub ids and local jsonl, json, csv and parquet files."""
 
+import codecs
 import csv
 import hashlib
 import json
@@ -192,6 +193,7 @@ def _load_file(path: Path, name: str, split: str) -> tuple[Dataset, str]:
         raise InputError(f"{name} ends in {path.suffix or 'nothing'}; files are read as {', '.join(READERS)}")
     if path.stat().st_size == 0:
         raise InputError(f"{name} is empty; expected at least one conversation")
+    digest = _content_hash(path, name, text=reader != "parquet")
     options: dict[str, Any] = {}
     if reader == "csv":
         # Everything is text: pandas would read "007" as 7 and "NA" as nothing.
@@ -200,10 +202,6 @@ def _load_file(path: Path, name: str, split: str) -> tuple[Dataset, str]:
             "features": Features({column: Value("string") for column in header}),
             "keep_default_na": False,
         }
-    digest = hashlib.sha256(split.partition("[")[2].encode())
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
     try:
         with _quiet_datasets():
             rows = load_dataset(
@@ -214,15 +212,28 @@ def _load_file(path: Path, name: str, split: str) -> tuple[Dataset, str]:
             )
     except Exception as error:
         raise InputError(f"{name} cannot be read: {_why_unreadable(path, reader, error)}") from error
-    return rows, digest.hexdigest()
+    return rows, digest + split.partition("[")[2]
+
+
+def _content_hash(path: Path, name: str, *, text: bool) -> str:
+    """Hash of the file's bytes. Readers pass over bytes that are no UTF-8, so in a text they are looked for here."""
+    digest, decoder, line = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), 1
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            if text:
+                try:
+                    decoder.decode(block)
+                except UnicodeDecodeError as problem:
+                    line += block[: problem.start].count(b"\n")
+                    raise InputError(f"{name} cannot be read: line {line} is not UTF-8 text") from None
+                line += block.count(b"\n")
+    return digest.hexdigest()
 
 
 def _csv_header(path: Path, name: str) -> list[str]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            header = next(csv.reader(file), [])
-    except UnicodeDecodeError:
-        raise InputError(f"{name} is not UTF-8 text; save it as UTF-8") from None
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        header = next(csv.reader(file), [])
     if len(set(header)) != len(header) or not header:
         raise InputError(f"{name} must begin with a line of different column names; it begins with {header}")
     return header
@@ -231,11 +242,7 @@ def _csv_header(path: Path, name: str) -> list[str]:
 def _why_unreadable(path: Path, reader: str, error: Exception) -> str:
     """The reason with its line number: readers of whole blocks say only where in the block they failed."""
     if reader == "json":
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as problem:
-            line = path.read_bytes()[: problem.start].count(b"\n") + 1
-            return f"line {line} is not UTF-8 text"
+        text = path.read_text(encoding="utf-8-sig")
         if not text.strip():
             return "it is empty; expected at least one conversation"
         if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
@@ -251,6 +258,8 @@ def _why_unreadable(path: Path, reader: str, error: Exception) -> str:
                 except json.JSONDecodeError as problem:
                     return f"line {number} is not valid JSON ({problem.msg})"
     cause = error.__cause__ or error
+    if "corresponds to no data" in str(cause):
+        return "it holds no rows; expected at least one conversation"
     found = re.search(r"in line (\d+)", str(cause))
     where = f"line {found[1]}: " if found else ""
     return where + (str(cause).strip() or type(cause).__name__).splitlines()[0]
