@@ -1,22 +1,18 @@
 """Checkpoints of a run's state, saved while training goes on, and proved intact before they are used.
 
-Orbax writes them: in the background, aside first, renamed into place when complete. Added here is proof. Every leaf's
+Orbax writes them: in the background, aside first, put into place when complete. Added here is proof. Every leaf's
 digest, and a checksum over all that is no array, are saved with the state; what is read back must match, or the
-checkpoint is passed over for the one before. The digest is a sum modulo 2^32 over the leaf's elements of
-
-    mix(bits(x[i]) + i * 0x9E3779B9)
-
-with `mix` the bijective 32-bit finaliser of MurmurHash3. One changed element always changes the sum; any other damage
-escapes with probability 2^-32. Integer sums don't depend on the order, so the digest is computed where the leaf lives,
-sharded as it is, at the speed of the device's memory, and is the same on any mesh.
-
-Source: A. Appleby, MurmurHash3 (fmix32).
+checkpoint is passed over for the one before.
 """
 
+import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import shutil
+import sys
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,10 +20,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from jaxlora.core.errors import InputError
+from jaxlora.runs.digests import digests
 
 _DAMAGED, _SUPERSEDED = ".damaged", ".superseded"
 
@@ -85,18 +80,18 @@ class Checkpoints:
         """
         self.wait()
         leaves = _named_leaves(state)
-        content = {
-            "host": dict(host or {}),
-            "best": step if best else self._best_step(),
-            "leaves": {
-                name: [str(leaf.dtype), list(leaf.shape), digest]
-                for (name, leaf), digest in zip(leaves.items(), _digests(list(leaves.values())), strict=True)
-            },
-        }
-        content = {**content, "checksum": _checksum(content)}
-        self._previous_best, self._best = self._best, content["best"]
+        sums = dict(zip(leaves, digests(list(leaves.values())), strict=True))
+        described = {name: [str(leaf.dtype), list(leaf.shape), sums[name]] for name, leaf in leaves.items()}
+        content = {"host": dict(host or {}), "leaves": described}
+        _checksum(content)  # a host dict that is no JSON is the caller's mistake, not a failed save
+        self._previous_best = self._best
         try:
             manager = self._open()
+            self._best = self._previous_best = self._best_step()
+            if best:
+                self._best = step
+            content["best"] = self._best
+            content["checksum"] = _checksum(content)
             if step in manager.all_steps():
                 if self._holds(step, content):
                     return
@@ -104,12 +99,15 @@ class Checkpoints:
             import orbax.checkpoint as ocp
 
             self._pending = step
-            arguments = ocp.args.Composite(
-                state=ocp.args.StandardSave(leaves), host=ocp.args.JsonSave(content)
+            arrays = ocp.args.StandardSave(_not_empty(leaves))
+            manager.save(
+                step, args=ocp.args.Composite(state=arrays, host=ocp.args.JsonSave(content)), force=True
             )
-            manager.save(step, args=arguments, force=True)
         except Exception as error:  # whatever stops a save must not stop the run
-            self._failed(step, error)
+            failure = _first_line(error)
+        else:
+            return
+        self._failed(step, failure)
 
     def restore(self, like: Any, step: int | None = None) -> Restored | None:
         """Reads the newest intact checkpoint back.
@@ -136,13 +134,14 @@ class Checkpoints:
             except (InputError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
                 raise
             except Exception as error:  # damaged files fail in as many ways as there are bytes
-                reason = (str(error).strip().splitlines() or [""])[0][:160] or type(error).__name__
-                self.skipped.append(
-                    f"checkpoint {self.folder / str(candidate)} is damaged ({reason}): passed over"
-                )
-                self._set_aside(candidate, _DAMAGED)
+                reason = _first_line(error)
             else:
                 return Restored(candidate, state, host, list(self.skipped))
+            self.skipped.append(
+                f"checkpoint {self.folder / str(candidate)} is damaged ({reason}): passed over"
+            )
+            self._set_aside(candidate, _DAMAGED)
+            _sweep()
         return None
 
     def steps(self) -> list[int]:
@@ -173,7 +172,11 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # as in `save`
-            self._failed(step, error)
+            failure = _first_line(error)
+        else:
+            failure = ""
+        if failure:
+            self._failed(step, failure)
             return
         self._pending = None
         for leftover in (*self.folder.glob(f"*{_DAMAGED}"), *self.folder.glob(f"*{_SUPERSEDED}")):
@@ -206,6 +209,8 @@ class Checkpoints:
                     preservation_policy=_newest_and_best(checkpoint_managers, self._keep, lambda: self._best),
                     cleanup_tmp_directories=True,
                     save_root_metadata=False,
+                    # Otherwise a folder that cannot be made is waited for, minutes long, by whatever would fill it.
+                    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 ),
             )
         return self._manager
@@ -217,8 +222,7 @@ class Checkpoints:
             if not place.exists():
                 aside.rename(place)
 
-    def _failed(self, step: int, error: Exception) -> None:
-        reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
+    def _failed(self, step: int, reason: str) -> None:
         self._problems.append(
             f"the checkpoint of step {step} could not be saved to {self.folder} ({reason}); "
             "the ones before are untouched, and the next save tries again"
@@ -226,11 +230,11 @@ class Checkpoints:
         self._pending = None
         self._best = self._previous_best
         manager, self._manager = self._manager, None  # its list of steps no longer tells what is on disk
-        try:
+        with contextlib.suppress(Exception):  # it fails with the error just told
             if manager is not None:
                 manager.close()
-        except Exception:  # it fails with the error just told
-            pass
+        del manager
+        _sweep()
         for leftover in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
             shutil.rmtree(leftover, ignore_errors=True)  # a full disk needs the room
 
@@ -276,11 +280,10 @@ class Checkpoints:
         saved = {name: [dtype, shape] for name, (dtype, shape, _) in content["leaves"].items()}
         if saved != wanted:
             raise InputError(_other_arrays(self.folder / str(step), saved, wanted))
-        leaves = (
-            self._open().restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(targets))).state
-        )
-        digests = _digests([leaves[name] for name in targets])
-        for name, digest in zip(targets, digests, strict=True):
+        arrays = ocp.args.StandardRestore(_not_empty(targets))
+        leaves = self._open().restore(step, args=ocp.args.Composite(state=arrays)).state
+        leaves |= {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in targets.items() if not leaf.size}
+        for name, digest in zip(targets, digests([leaves[name] for name in targets]), strict=True):
             if digest != content["leaves"][name][2]:
                 raise ValueError(f"the digest of {name} does not match")
         return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in targets]), content[
@@ -296,11 +299,37 @@ def _newest_and_best(policies: Any, keep: int, best: Any) -> Any:
     return policies.AnyPreservationPolicy([policies.LatestN(n=keep), Best()])
 
 
+@functools.cache
 def _quiet() -> None:
-    """Orbax tells every step of its work, and the traceback of a failed save, through absl; `problems` tells enough."""
+    """Keeps Orbax from telling on stderr what `problems` and `skipped` tell in a line.
+
+    It logs each step of its work, and the tracebacks of failed ones, through absl. A failed read moreover leaves
+    others behind whose answers come when nobody waits any more, each with a traceback of its own.
+    """
     from absl import logging
 
     logging.set_verbosity(logging.FATAL)
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        file = getattr(getattr(unraisable.object, "cr_code", None), "co_filename", "")
+        if str(unraisable.exc_value) != "Event loop is closed" and "orbax" not in file:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def _first_line(error: Exception) -> str:
+    """The heart of an error: Orbax's and TensorStore's go on for pages."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _sweep() -> None:
+    """Collects the coroutines a failure left unawaited, which would warn whenever they are collected."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
@@ -318,53 +347,14 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
     return named
 
 
+def _not_empty(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves that have elements; Orbax saves no others, and their shapes say all."""
+    return {name: leaf for name, leaf in leaves.items() if leaf.size}
+
+
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _digests(leaves: Sequence[jax.Array]) -> list[int]:
-    """Each leaf's digest, as the module's docstring defines it."""
-    groups: dict[
-        Any, list[int]
-    ] = {}  # one compiled program cannot take leaves that live on different devices
-    for index, leaf in enumerate(leaves):
-        groups.setdefault(frozenset(leaf.sharding.device_set), []).append(index)
-    started = [(indices, _digest_all([leaves[i] for i in indices])) for indices in groups.values()]
-    digests = [0] * len(leaves)
-    for indices, values in started:
-        for index, value in zip(indices, np.asarray(values), strict=True):
-            digests[index] = int(value)
-    return digests
-
-
-@jax.jit
-def _digest_all(leaves: Sequence[jax.Array]) -> jax.Array:
-    return jnp.stack([_digest(leaf) for leaf in leaves])
-
-
-def _digest(leaf: jax.Array) -> jax.Array:
-    if leaf.dtype == jnp.bool_:
-        leaf = leaf.astype(jnp.uint8)
-    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        leaf = jnp.stack([leaf.real, leaf.imag], axis=-1)
-    width = leaf.dtype.itemsize
-    # A type of eight bytes becomes two words along a new last axis, a narrower one is widened with zeros.
-    bits = lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16}.get(width, jnp.uint32)).astype(
-        jnp.uint32
-    )
-    # The index is summed from one iota an axis, not reshaped from one: a reshape would gather a sharded leaf.
-    index = jnp.zeros(bits.shape, jnp.uint32)
-    for axis in range(bits.ndim):
-        stride = functools.reduce(lambda product, n: product * n, bits.shape[axis + 1 :], 1) % 2**32
-        index += lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride)
-    return jnp.sum(_mix(bits + index * jnp.uint32(0x9E3779B9)), dtype=jnp.uint32)
-
-
-def _mix(word: jax.Array) -> jax.Array:
-    word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
-    word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
-    return word ^ (word >> 16)
 
 
 def _checksum(content: Mapping[str, Any]) -> int:

@@ -14,7 +14,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlora.core.errors import InputError
-from jaxlora.runs import checkpoints as module
 from jaxlora.runs.checkpoints import Checkpoints
 
 
@@ -121,6 +120,7 @@ def test_a_step_saved_twice_holds_the_later_state(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(1), {"n": 1})
         checkpoints.save(2, make_state(2), {"n": 1})
+        checkpoints.wait()
         before = (tmp_path / "2" / "host").stat().st_mtime_ns
         checkpoints.save(2, make_state(2), {"n": 1})
         checkpoints.wait()
@@ -261,33 +261,6 @@ def test_when_every_checkpoint_is_damaged_nothing_is_restored_and_all_are_told(t
     with Checkpoints(folder) as checkpoints:
         assert checkpoints.restore(make_state(0)) is None
         assert len(checkpoints.skipped) == 2
-
-
-def test_one_flipped_bit_in_any_element_changes_the_digest():
-    leaf = jax.random.normal(jax.random.key(0), (3, 5, 7))
-    words = np.asarray(leaf).view(np.uint32)
-    digest = module._digests([leaf])
-    for place in np.ndindex(*leaf.shape):
-        for bit in (0, 13, 31):
-            changed = words.copy()
-            changed[place] ^= np.uint32(1 << bit)
-            assert module._digests([jnp.asarray(changed.view(np.float32))]) != digest
-    swapped = words.copy()
-    swapped[0, 0, 0], swapped[2, 4, 6] = words[2, 4, 6], words[0, 0, 0]
-    assert module._digests([jnp.asarray(swapped.view(np.float32))]) != digest
-
-
-def test_the_digest_is_the_documented_formula():
-    def mix(word: int) -> int:
-        word = (word ^ (word >> 16)) * 0x85EBCA6B % 2**32
-        word = (word ^ (word >> 13)) * 0xC2B2AE35 % 2**32
-        return word ^ (word >> 16)
-
-    leaf = jax.random.normal(jax.random.key(1), (4, 3, 2))
-    words = np.asarray(leaf).view(np.uint32).ravel().tolist()
-    assert module._digests([leaf]) == [
-        sum(mix((w + i * 0x9E3779B9) % 2**32) for i, w in enumerate(words)) % 2**32
-    ]
 
 
 def test_a_save_that_finds_the_disk_full_is_told_and_harms_nothing(tmp_path, full_disk):
