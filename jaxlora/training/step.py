@@ -86,7 +86,7 @@ def make_train_step(decoder: Decoder, dropout: bool = False) -> Callable[..., tu
 
         weight = jnp.sum(batch["weights"])
         gradient = jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0), gradient)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         rate = learning_rate(settings.optimizer, state.step)
         updates, moments = optimizer(settings.optimizer, rate).update(gradient, state.moments, state.adapter)

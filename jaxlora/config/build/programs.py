@@ -16,7 +16,7 @@ from jaxlora.core.errors import InputError
 from jaxlora.core.prng import named
 from jaxlora.lora import tree as lora
 from jaxlora.lora.peft import load_peft
-from jaxlora.lora.spec import LoraSpec
+from jaxlora.lora.spec import LoraSpec, resolve_targets
 from jaxlora.parallel import sharding
 from jaxlora.training.optimizer import OptimizerSettings
 from jaxlora.training.state import Settings, TrainState, new_state
@@ -34,7 +34,9 @@ class Programs:
 def lora_spec(config: Config) -> LoraSpec:
     """The adapter's constants."""
     chosen = config.lora
-    return LoraSpec(chosen.rank, chosen.alpha, chosen.dropout, chosen.targets, chosen.scaling)  # type: ignore[arg-type]
+    return LoraSpec(
+        chosen.rank, chosen.alpha, chosen.dropout, resolve_targets(chosen.targets), chosen.scaling
+    )
 
 
 def settings(config: Config, steps: int) -> Settings:
