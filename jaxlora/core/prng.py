@@ -5,7 +5,7 @@ import hashlib
 import jax
 
 
-def named(key: jax.Array, *names: str | int) -> jax.Array:
+def named(key: jax.Array, *names: str | int | jax.Array) -> jax.Array:
     """Derives a key from `key` and a path of names.
 
     The same names give the same key in every process and Python version (`hash` of a str would not), and adding a

@@ -100,6 +100,13 @@ def activation_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
+def cache_sharding(mesh: Mesh, num_kv_heads: int) -> NamedSharding:
+    """Keys and values of a generation [L, B, S, K, h]: rows as in the batch, heads as the kernels where they divide."""
+    tensor = LOGICAL["heads"]
+    heads = tensor if tensor and num_kv_heads % mesh.shape[tensor] == 0 else None
+    return NamedSharding(mesh, PartitionSpec(None, ROWS, None, heads, None))
+
+
 def row_devices(mesh: Mesh) -> int:
     """How many shares the rows of a batch are cut into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -1,0 +1,354 @@
+"""Answers from a decoder: the cache of keys and values, batches of prompts, and streams of ids.
+
+Two ways to answer, on one function (`advance`):
+
+- `answer_batch`: many prompts, padded on the left to one length, in one compiled program that ends when every row has
+  met a stop id; nothing passes between host and device until then. For evaluation.
+- `Session`: one conversation whose ids come out one by one. Its cache is kept between answers, and only the ids that
+  are new are computed. For a person at a terminal.
+
+In both, cache index s of row b holds position s - padding[b]. That alone makes the mask: padding has negative
+positions, and what is not written yet, or left over from an earlier answer, lies in the future of every query.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxlora.core.compilation import compiler_options
+from jaxlora.core.products import contract
+from jaxlora.models.decoder import Decoder, unembedding
+from jaxlora.models.sampling import Sampling, choose
+from jaxlora.models.spec import DecoderSpec
+
+PREFILL = 256
+"""The most prompt tokens, in a row, that are computed at once: scores are [B, H, PREFILL, S], not [B, H, T, S]."""
+
+_CHUNKS = (PREFILL, 64, 16)  # what a stream's prompt is cut into, so that few shapes compile
+_SMALLEST_CACHE = 256
+
+Cache = dict[str, Any]
+"""layers/self_attn/{k, v}: [L, B, S, K, h]."""
+
+
+class Answered(NamedTuple):
+    """A batch of answers.
+
+    Attributes:
+        ids: int32 [B, max_new_tokens]; 0 after the answer's end. The stop id is not part of an answer.
+        lengths: int32 [B], ids in each answer.
+        ended: bool [B], whether a stop id ended it (and not max_new_tokens).
+    """
+
+    ids: Int[Array, "B T"]
+    lengths: Int[Array, "B"]
+    ended: Bool[Array, "B"]
+
+
+# ---- the cache ------------------------------------------------------------------------------------------------
+
+
+def new_cache(
+    spec: DecoderSpec, rows: int, capacity: int, dtype: Any, sharding: jax.sharding.Sharding | None = None
+) -> Cache:
+    """An empty cache.
+
+    Args:
+        spec: the decoder's. rows: B. capacity: S, positions it can hold.
+        dtype: the base's.
+        sharding: placement of the [L, B, S, K, h] leaves; None leaves it to the compiler.
+    """
+    shape = (spec.num_layers, rows, capacity, spec.num_kv_heads, spec.head_dim)
+
+    def zeros() -> Array:
+        array = jnp.zeros(shape, dtype)
+        return array if sharding is None else jax.lax.with_sharding_constraint(array, sharding)
+
+    return {"layers": {"self_attn": {"k": zeros(), "v": zeros()}}}
+
+
+def advance(
+    decoder: Decoder,
+    params: Mapping[str, Any],
+    lora: Mapping[str, Any],
+    cache: Cache,
+    tokens: Int[Array, "B T"],
+    padding: Int[Array, "B"],
+    write_at: Int[Array, ""] | int,
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """Computes T more tokens of every row and remembers their keys and values.
+
+    Args:
+        decoder: the model.
+        params: the base. lora: the scaled adapter, {} for none.
+        cache: of earlier tokens; holds indices below `write_at`.
+        tokens: ids that come next.
+        padding: cache indices at the beginning of each row that hold nothing.
+        write_at: cache index of the first of `tokens`; write_at + T must not exceed the capacity.
+    Returns:
+        Hidden states, and the cache with `tokens` in it.
+    """
+    capacity = cache["layers"]["self_attn"]["k"].shape[2]
+    positions = (write_at + jnp.arange(tokens.shape[1]))[None, :] - padding[:, None]
+    key_positions = jnp.arange(capacity)[None, :] - padding[:, None]
+    hidden, variables = decoder.apply(
+        {"params": params, "lora": lora, "cache": cache},
+        tokens,
+        jnp.maximum(positions, 0),
+        (positions >= 0).astype(jnp.int32),
+        write_at=jnp.asarray(write_at, jnp.int32),
+        key_positions=key_positions,
+        key_segments=(key_positions >= 0).astype(jnp.int32),
+        mutable=["cache"],
+    )
+    return hidden, variables["cache"]  # type: ignore[index]
+
+
+def _logits(params: Mapping[str, Any], hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    return contract("BD,VD->BV", hidden, unembedding(params))
+
+
+# ---- batches --------------------------------------------------------------------------------------------------
+
+
+def bucket(length: int) -> int:
+    """The padded length of a prompt: the next multiple of 32 up to 256, of 64 up to 512, of `PREFILL` beyond."""
+    step = 32 if length <= 256 else 64 if length <= 512 else PREFILL
+    return max(1, -(-length // step)) * step
+
+
+def left_pad(
+    prompts: Sequence[np.ndarray], rows: int | None = None, length: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as one array, each at the right end of its row.
+
+    Args:
+        prompts: ids of each.
+        rows: B; the rest is empty rows, to which `answer_batch` gives empty answers. None for one row a prompt.
+        length: T; None for the bucket of the longest.
+    Returns:
+        tokens int32 [B, T] and padding int32 [B].
+    """
+    length = bucket(max((len(prompt) for prompt in prompts), default=1)) if length is None else length
+    rows = len(prompts) if rows is None else rows
+    tokens, padding = np.zeros((rows, length), np.int32), np.full(rows, length, np.int32)
+    for row, prompt in enumerate(prompts):
+        padding[row] = length - len(prompt)
+        tokens[row, padding[row] :] = prompt
+    return tokens, padding
+
+
+def answer_batch(
+    decoder: Decoder,
+    params: Mapping[str, Any],
+    lora: Mapping[str, Any],
+    tokens: Int[Array, "B T"],
+    padding: Int[Array, "B"],
+    stop_ids: Int[Array, "_"],
+    sampling: Sampling,
+    key: Array,
+    rows: Int[Array, "B"],
+    *,
+    max_new_tokens: int,
+    cache_sharding: jax.sharding.Sharding | None = None,
+) -> Answered:
+    """Answers a batch of prompts; to be jitted, with `decoder` and the keyword arguments fixed.
+
+    Args:
+        decoder: the model.
+        params: the base. lora: the scaled adapter, {} for none.
+        tokens, padding: from `left_pad`.
+        stop_ids: ids that end an answer; may be empty.
+        sampling: how ids are chosen.
+        key, rows: random key and the prompts' numbers, see `choose`.
+        max_new_tokens: longest answer.
+        cache_sharding: placement of the cache.
+    """
+    count, length = tokens.shape
+    cache = new_cache(decoder.spec, count, length + max_new_tokens, decoder.dtype, cache_sharding)
+    width = PREFILL if length > PREFILL and length % PREFILL == 0 else length
+
+    def prefill(cache, chunk):
+        ids, index = chunk
+        hidden, cache = advance(decoder, params, lora, cache, ids, padding, index * width)
+        return cache, hidden[:, -1]
+
+    chunks = tokens.reshape(count, -1, width).swapaxes(0, 1)
+    cache, hidden = jax.lax.scan(prefill, cache, (chunks, jnp.arange(len(chunks))))
+
+    def chosen(hidden, index):
+        return choose(_logits(params, hidden), sampling, key, rows, index - padding)
+
+    def record(answered: Answered, token, index) -> Answered:
+        open_ = (answered.lengths == index) & ~answered.ended & (padding < length)
+        stopped = open_ & jnp.isin(token, stop_ids)
+        kept = open_ & ~stopped
+        return Answered(
+            answered.ids.at[:, index].set(jnp.where(kept, token, 0)),
+            answered.lengths + kept,
+            answered.ended | stopped,
+        )
+
+    def going(state):
+        index, answered, _, _ = state
+        return (index < max_new_tokens) & jnp.any(answered.lengths == index)
+
+    def step(state):
+        index, answered, token, cache = state
+        at = length + index - 1
+        hidden, cache = advance(decoder, params, lora, cache, token[:, None], padding, at)
+        token = chosen(hidden[:, -1], at + 1)
+        return index + 1, record(answered, token, index), token, cache
+
+    nothing = Answered(
+        jnp.zeros((count, max_new_tokens), jnp.int32), jnp.zeros(count, jnp.int32), jnp.zeros(count, bool)
+    )
+    token = chosen(hidden[-1], length)
+    start = (jnp.ones((), jnp.int32), record(nothing, token, 0), token, cache)
+    return jax.lax.while_loop(going, step, start)[1]
+
+
+# ---- one conversation, id by id -------------------------------------------------------------------------------
+
+
+class Session:
+    """A conversation whose answers come id by id.
+
+    Programs are compiled for prompts in pieces of 256, 64 and 16 ids, for single ids, and for cache sizes that double
+    from 256 on, as they are needed. The ids that a prompt has in common with what the cache holds are not computed
+    again, so that the turns of a long conversation cost no more than what is new in them.
+
+    Args:
+        decoder: the model.
+        params: the base. lora: the scaled adapter, {} for none.
+        cache_sharding: placement of the cache on a mesh; None on one device.
+    Attributes:
+        limit: positions that the model was made for; a prompt and its answer together may have that many ids.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        params: Mapping[str, Any],
+        lora: Mapping[str, Any],
+        cache_sharding: jax.sharding.Sharding | None = None,
+    ):
+        self.limit = decoder.spec.max_position_embeddings
+        self._params, self._lora = params, lora
+        platform = next(iter(jax.tree.leaves(params)[0].devices())).platform
+        compiled = partial(jax.jit, compiler_options=compiler_options(platform))
+        self._step = compiled(partial(_stream_step, decoder), donate_argnames="cache")
+        self._grow = compiled(_copy_into)
+        self._new = compiled(
+            partial(new_cache, decoder.spec, 1, dtype=decoder.dtype, sharding=cache_sharding),
+            static_argnames="capacity",
+        )
+        self._cache: Cache = self._new(capacity=_SMALLEST_CACHE)
+        self._held: list[int] = []  # the ids whose keys and values the cache holds, from index 0 on
+
+    @property
+    def capacity(self) -> int:
+        """Positions that the cache has room for now."""
+        return self._cache["layers"]["self_attn"]["k"].shape[2]
+
+    def reserve(self, positions: int) -> bool:
+        """Makes room for so many positions; what the cache holds stays.
+
+        Returns:
+            Whether the cache had to grow, so that programs will be compiled anew.
+        """
+        capacity = self.capacity
+        while capacity < positions:
+            capacity *= 2
+        if capacity == self.capacity:
+            return False
+        self._cache = self._grow(self._cache, self._new(capacity=capacity))
+        return True
+
+    def answer(
+        self,
+        prompt: Sequence[int] | np.ndarray,
+        *,
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        sampling: Sampling = Sampling(),  # noqa: B008  immutable
+        seed: int = 0,
+    ) -> Iterator[int]:
+        """Yields the ids of an answer as they are chosen, without the stop id. May be left at any id.
+
+        Args:
+            prompt: ids of the whole conversation so far.
+            max_new_tokens: longest answer.
+            stop_ids: ids that end it.
+            sampling: how ids are chosen.
+            seed: of what is drawn.
+        Raises:
+            ValueError: prompt and answer together would exceed `limit`, or the prompt is empty.
+        """
+        ids, key = [int(i) for i in prompt], jax.random.key(seed)
+        if not ids or max_new_tokens < 1 or len(ids) + max_new_tokens > self.limit:
+            raise ValueError(f"{len(ids)} + {max_new_tokens} ids do not fit a context of {self.limit}")
+        shared = _shared(
+            self._held, ids[:-1]
+        )  # the last one's hidden state is needed, so it is computed again
+        widths = _widths(len(ids) - shared)
+        self.reserve(max(len(ids) + max_new_tokens, shared + sum(widths)))
+        del self._held[shared:]
+        token = None
+        for width in widths:
+            piece = ids[len(self._held) :][:width]
+            tokens = np.zeros((1, width), np.int32)
+            tokens[0, : len(piece)] = piece
+            token = self._advance(tokens, len(piece), sampling, key)
+            self._held += piece
+        for remaining in reversed(range(max_new_tokens)):
+            # The next id is under way on the device while this one is fetched, looked at and printed.
+            following = self._advance(token[:, None], 1, sampling, key) if remaining else None
+            value = int(token[0])
+            if remaining:
+                self._held.append(value)
+            if value in stop_ids:
+                return
+            yield value
+            token = following
+
+    def _advance(self, tokens: Any, count: int, sampling: Sampling, key: Array) -> Array:
+        """Computes the first `count` of `tokens` [1, T] after what is held; returns the id [1] that comes next."""
+        token, self._cache = self._step(
+            self._params, self._lora, self._cache, tokens, len(self._held), count, sampling, key
+        )
+        return token
+
+
+def _stream_step(decoder, params, lora, cache, tokens, write_at, count, sampling, key):
+    """One piece of a prompt, padded on the right, or one id: the id that follows its first `count` ids, the cache."""
+    padding = jnp.zeros(1, jnp.int32)
+    hidden, cache = advance(decoder, params, lora, cache, tokens, padding, write_at)
+    last = jax.lax.dynamic_index_in_dim(hidden, count - 1, axis=1, keepdims=False)
+    position = jnp.asarray(write_at + count, jnp.int32)[None]
+    return choose(_logits(params, last), sampling, key, padding, position), cache
+
+
+def _copy_into(old: Cache, new: Cache) -> Cache:
+    return jax.tree.map(lambda o, n: jax.lax.dynamic_update_slice_in_dim(n, o, 0, axis=2), old, new)
+
+
+def _shared(held: Sequence[int], ids: Sequence[int]) -> int:
+    """How many ids two sequences have in common from the beginning."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b), min(len(held), len(ids))
+    )
+
+
+def _widths(count: int) -> list[int]:
+    """The pieces into which `count` ids are cut; the last one may be wider than what is left for it."""
+    widths = []
+    while count > 0:
+        widths.append(next((w for w in _CHUNKS if w <= count), _CHUNKS[-1]))
+        count -= widths[-1]
+    return widths

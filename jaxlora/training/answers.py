@@ -1,0 +1,168 @@
+"""Held-out prompts answered during training, and how many of the answers are right word for word."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxlora.core.compilation import compiler_options
+from jaxlora.core.errors import InputError
+from jaxlora.data.chat import ChatEncoder
+from jaxlora.data.sources import Conversation
+from jaxlora.lora import tree as lora
+from jaxlora.models.decoder import Decoder
+from jaxlora.models.decoding import Answered, Sampling, answer_batch, bucket, left_pad
+from jaxlora.parallel.sharding import batch_sharding, cache_sharding
+
+
+class Answer(NamedTuple):
+    """One held-out prompt, answered.
+
+    Attributes:
+        prompt: the message that was answered (what came before it was shown to the model too).
+        reference: the assistant's turn in the data.
+        text: the answer.
+        exact: whether text and reference are equal, white space at their ends aside.
+        tokens: length of the answer.
+        ended: whether it ended by itself, and not at max_new_tokens.
+    """
+
+    prompt: str
+    reference: str
+    text: str
+    exact: bool
+    tokens: int
+    ended: bool
+
+
+class Answers:
+    """Answers the last assistant turn of held-out conversations, greedily, with one compiled program.
+
+    All batches have one shape: rows in the order of the prompts' lengths, the longest prompt, max_new_tokens.
+
+    Args:
+        decoder: the model.
+        encoder: its template and tokenizer.
+        conversations: held-out ones. What follows the last assistant turn is left out; prompts that leave no room for
+            max_new_tokens are not answered (see `left_out`).
+        max_new_tokens: longest answer.
+        batch_size: B, a multiple of the mesh's rows.
+        mesh: where base and adapter live.
+    Attributes:
+        left_out: conversations whose prompt is too long.
+    Raises:
+        InputError: there is no conversation that can be answered.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        encoder: ChatEncoder,
+        conversations: Sequence[Conversation],
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        mesh: Mesh,
+    ):
+        limit = decoder.spec.max_position_embeddings
+        if max_new_tokens >= limit:
+            raise InputError(
+                f"eval.max_new_tokens = {max_new_tokens} leaves no room for a prompt: the model has {limit} positions; "
+                f"set --config.eval.max_new_tokens={limit // 2} or less."
+            )
+        prompts = [_split(conversation) for conversation in conversations]
+        encoded = [
+            (encoder.encode_prompt(before), before[-1]["content"], reference) for before, reference in prompts
+        ]
+        kept = [item for item in encoded if len(item[0]) + max_new_tokens <= limit]
+        self.left_out = len(encoded) - len(kept)
+        if not kept:
+            raise InputError(
+                f"eval.generate: none of the {len(encoded)} held-out prompts leaves room for an answer of "
+                f"eval.max_new_tokens = {max_new_tokens} in the model's {limit} positions; set it lower, or "
+                "--config.eval.generate=0."
+            )
+        self._ids, self._prompts, self._references = zip(*kept, strict=True)
+        self._order = np.argsort([len(ids) for ids in self._ids], kind="stable")
+        self._tokenizer, self._rows, self._mesh = encoder.tokenizer, batch_size, mesh
+        self._length = bucket(max(len(ids) for ids in self._ids))
+        self._stop_ids = np.asarray(encoder.end_of_turn_ids, np.int32)
+        answer = partial(
+            answer_batch,
+            decoder,
+            max_new_tokens=max_new_tokens,
+            cache_sharding=cache_sharding(mesh, decoder.spec.num_kv_heads),
+        )
+
+        def scaled(adapter: Any, lora_scale: Any, base: Any, *batch: Any) -> Answered:
+            return answer(base, lora.scale(adapter, lora_scale), *batch)
+
+        platform = mesh.devices.flat[0].platform
+        self._program = jax.jit(scaled, compiler_options=compiler_options(platform))
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def answer(
+        self,
+        adapter: Mapping[str, Any],
+        lora_scale: Any,
+        base: Mapping[str, Any],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Answer]:
+        """Answers all prompts.
+
+        Args:
+            adapter: unscaled a and b.
+            lora_scale: what their product is multiplied by.
+            base: frozen parameters.
+            progress: called with (answered, all).
+        Returns:
+            One answer a prompt, in the order of the conversations.
+        """
+        found: dict[int, Answer] = {}
+        rows = batch_sharding(self._mesh, micro_batches=False)
+        whole = NamedSharding(self._mesh, PartitionSpec())
+        # jnp.float32: a Python number would be another type of argument, and so another program.
+        rest = jax.device_put(
+            (self._stop_ids, Sampling(np.float32(0), np.float32(1)), jax.random.key(0)), whole
+        )
+        for start in range(0, len(self), self._rows):
+            members = self._order[start : start + self._rows]
+            tokens, padding = left_pad([self._ids[i] for i in members], self._rows, self._length)
+            numbers = np.resize(members, self._rows).astype(np.int32)
+            batch = jax.device_put((tokens, padding), rows)
+            answered = self._program(
+                adapter, jnp.float32(lora_scale), base, *batch, *rest, jax.device_put(numbers, rows)
+            )
+            ids, lengths, ended = jax.device_get(answered)
+            for i, row, length, end in zip(members, ids, lengths, ended, strict=False):
+                text = self._tokenizer.decode(row[:length].tolist(), skip_special_tokens=True)
+                reference = self._references[i]
+                exact = text.strip() == reference.strip()
+                found[int(i)] = Answer(self._prompts[i], reference, text, exact, int(length), bool(end))
+            if progress:
+                progress(min(start + self._rows, len(self)), len(self))
+        return [found[i] for i in range(len(self))]
+
+
+def exact_match(answers: Sequence[Answer]) -> float:
+    """The share of answers that equal their reference."""
+    return sum(answer.exact for answer in answers) / len(answers)
+
+
+def _split(conversation: Conversation) -> tuple[list[dict[str, str]], str]:
+    """What comes before the last assistant turn, and that turn's content."""
+    if isinstance(conversation, str):
+        raise InputError(
+            "eval.generate: the held-out rows are plain text and hold no question; set --config.eval.generate=0, or "
+            "give conversations as data.eval."
+        )
+    last = max((i for i, message in enumerate(conversation) if message["role"] == "assistant"), default=0)
+    if last == 0:
+        raise InputError("eval.generate: a held-out conversation has no assistant turn after a prompt.")
+    return conversation[:last], conversation[last]["content"]
