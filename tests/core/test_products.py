@@ -1,0 +1,48 @@
+"""Narrow operands, float32 sums, in both directions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlora.core.products import contract
+
+CASES = {
+    "NI,IO->NO": ((5, 7), (7, 3)),
+    "BTI,IO->BTO": ((2, 5, 7), (7, 3)),
+    "BTKGh,BSKh->BKGTS": ((2, 5, 2, 3, 4), (2, 6, 2, 4)),
+    "BKGTS,BSKh->BTKGh": ((2, 2, 3, 5, 6), (2, 6, 2, 4)),
+}
+
+
+@pytest.mark.parametrize("equation", CASES)
+def test_value_and_gradients_are_those_of_einsum(equation):
+    shapes = CASES[equation]
+    x, y = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+
+    def total(product):
+        return lambda x, y: jnp.sum(jnp.sin(product(equation, x, y)))
+
+    np.testing.assert_allclose(contract(equation, x, y), jnp.einsum(equation, x, y), rtol=1e-6, atol=1e-6)
+    ours = jax.grad(total(contract), argnums=(0, 1))(x, y)
+    theirs = jax.grad(total(jnp.einsum), argnums=(0, 1))(x, y)
+    for mine, reference in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_operands_keep_a_float32_result_and_each_gradient_its_own_dtype():
+    x = jax.random.normal(jax.random.key(0), (8, 32), jnp.bfloat16)
+    y = jax.random.normal(jax.random.key(1), (32, 4), jnp.float32)
+    assert contract("NI,IO->NO", x, y).dtype == jnp.float32
+    dx, dy = jax.grad(lambda x, y: jnp.sum(contract("NI,IO->NO", x, y)), argnums=(0, 1))(x, y)
+    assert (dx.dtype, dy.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_every_product_of_the_backward_pass_has_narrow_operands():
+    x, y = jnp.ones((8, 32), jnp.bfloat16), jnp.ones((32, 4), jnp.bfloat16)
+    gradient = jax.grad(lambda x, y: jnp.sum(contract("NI,IO->NO", x, y) ** 2), argnums=(0, 1))
+    products = [e for e in jax.make_jaxpr(gradient)(x, y).jaxpr.eqns if e.primitive.name == "dot_general"]
+    assert len(products) >= 2
+    for product in products:
+        assert {v.aval.dtype.name for v in product.invars} == {"bfloat16"}
+        assert product.outvars[0].aval.dtype == jnp.float32

@@ -1,0 +1,200 @@
+"""The step's algebra: micro-batches, packing, masks, dropout, broken numbers; and what it holds in memory."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlora.core.compilation import compiler_options
+from jaxlora.lora import tree as lora
+from jaxlora.lora.spec import TARGETS
+from jaxlora.models.decoder import Decoder
+from jaxlora.models.spec import DecoderSpec
+from jaxlora.training.optimizer import OptimizerSettings
+from jaxlora.training.state import Settings, new_state
+from jaxlora.training.step import make_eval_step, make_train_step
+
+
+@pytest.fixture(scope="module")
+def compiled(make_tiny):
+    """(dropout) -> the tiny decoder's jitted step, the same one at every call."""
+    decoder = make_tiny().decoder
+    return functools.cache(lambda dropout=False: jax.jit(make_train_step(decoder, dropout)))
+
+
+def close(one, other, rtol=1e-5):
+    """Trees of arrays that agree leaf by leaf, relative to each leaf's largest value."""
+    for mine, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(
+            mine, theirs, rtol=rtol, atol=rtol * float(jnp.max(jnp.abs(theirs))) + 1e-12
+        )
+
+
+def after_two_steps(step, tiny, batch):
+    """The second step has a learning rate above zero; its result depends on both gradients."""
+    state, _ = step(tiny.state, tiny.base, batch)
+    return step(state, tiny.base, batch)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_one_micro_batch_of_eight_is_eight_of_one(make_tiny, compiled, smoothing):
+    tiny = make_tiny(label_smoothing=smoothing)
+    whole, sums = after_two_steps(compiled(), tiny, tiny.batch(0, 8, 16, 1))
+    pieces, parts = after_two_steps(compiled(), tiny, tiny.batch(0, 8, 16, 8))
+    close(pieces.adapter, whole.adapter)
+    close(parts, sums)
+    moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), whole.adapter, tiny.state.adapter)
+    assert min(jax.tree.leaves(moved)) > 1e-6
+
+
+def test_nll_is_never_smoothed_and_loss_is_the_objective(make_tiny, compiled):
+    batch = make_tiny().batch(0, 4, 16, 1)
+    _, plain = compiled()(make_tiny(label_smoothing=0.0).state, make_tiny().base, batch)
+    _, smooth = compiled()(make_tiny(label_smoothing=0.3).state, make_tiny().base, batch)
+    np.testing.assert_allclose(smooth.nll, plain.nll, rtol=1e-6)
+    np.testing.assert_allclose(plain.objective, plain.nll, rtol=1e-6)
+    assert abs(float(smooth.objective - plain.objective)) > 1.0
+
+
+def test_a_packed_row_trains_as_its_examples_alone(make_tiny, compiled):
+    tiny = make_tiny()
+    alone = tiny.batch(1, 3, 10)
+    alone["weights"][:] = 1.0
+    packed = {name: x.reshape(1, 30) for name, x in alone.items()}
+    packed["segments"] = np.repeat([[1, 2, 3]], 10, axis=1).reshape(1, 30).astype(np.int32)
+    one, sums = compiled()(tiny.state, tiny.base, {name: x[None] for name, x in packed.items()})
+    other, parts = compiled()(tiny.state, tiny.base, {name: x[None] for name, x in alone.items()})
+    close(one.moments, other.moments)
+    close(sums, parts)
+
+
+@pytest.mark.parametrize("broken", ["base", "adapter"])
+def test_a_step_that_is_not_finite_changes_nothing_but_its_count(make_tiny, compiled, broken):
+    tiny = make_tiny()
+    base = dict(tiny.base)
+    state = tiny.state
+    if broken == "base":
+        base["norm"] = {"scale": base["norm"]["scale"].at[3].set(jnp.nan)}
+    else:
+        state = state._replace(adapter=jax.tree.map(lambda x: x * 1e30, state.adapter))
+    after, sums = compiled()(state, base, tiny.batch(0, 4, 16, 1))
+    assert float(sums.applied) == 0.0
+    assert not (math.isfinite(float(sums.objective)) and math.isfinite(float(sums.grad_norm)))
+    assert int(after.step) == 1
+    for new, old in zip(
+        jax.tree.leaves(after._replace(step=0)), jax.tree.leaves(state._replace(step=0)), strict=True
+    ):
+        np.testing.assert_array_equal(new, old)
+
+
+def test_a_batch_without_a_trained_token_moves_nothing(make_tiny, compiled):
+    tiny = make_tiny(weight_decay=0.0)
+    batch = tiny.batch(0, 2, 16, 1)
+    batch["weights"][:] = 0.0
+    after, sums = after_two_steps(compiled(), tiny, batch)
+    assert (float(sums.weight), float(sums.applied)) == (0.0, 1.0)
+    close(after.adapter, tiny.state.adapter, rtol=0)
+
+
+def test_dropout_draws_anew_each_step_and_micro_batch_and_the_same_for_the_same_step(make_tiny, compiled):
+    tiny = make_tiny(lora_dropout=0.5)
+    batch = tiny.batch(0, 4, 16, 2)
+    step = compiled(True)
+    first, again = step(tiny.state, tiny.base, batch)[1], step(tiny.state, tiny.base, batch)[1]
+    later = step(tiny.state._replace(step=jnp.asarray(5)), tiny.base, batch)[1]
+    undropped = compiled()(tiny.state, tiny.base, batch)[1]
+    assert float(first.objective) == float(again.objective)
+    assert len({float(x.objective) for x in (first, later, undropped)}) == 3
+    settings = tiny.state.settings._replace(lora_dropout=jnp.zeros(()))
+    none = step(tiny.state._replace(settings=settings), tiny.base, batch)
+    np.testing.assert_allclose(none[1].objective, undropped.objective, rtol=1e-6)
+
+
+def test_merged_is_applied(make_tiny):
+    tiny = make_tiny()
+    batch = tiny.batch(2, 3, 16)
+    evaluate = make_eval_step(tiny.decoder)
+    applied = evaluate(tiny.state.adapter, 2.0, tiny.base, batch)
+    merged = lora.merge(tiny.base, lora.scale(tiny.state.adapter, 2.0))
+    nothing = jax.tree.map(jnp.zeros_like, tiny.state.adapter)
+    np.testing.assert_allclose(evaluate(nothing, 2.0, merged, batch).nll, applied.nll, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(evaluate(nothing, 2.0, tiny.base, batch).nll, applied.nll, rtol=1e-2)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_remat_changes_memory_only(make_tiny, compiled, remat):
+    tiny = make_tiny()
+    decoder = tiny.decoder.clone(remat=remat)
+    batch = tiny.batch(0, 4, 16, 1)
+    close(
+        jax.jit(make_train_step(decoder))(tiny.state, tiny.base, batch),
+        compiled()(tiny.state, tiny.base, batch),
+    )
+
+
+# ---- what the compiled step holds -------------------------------------------------------------------------------
+
+QWEN_05B = DecoderSpec(
+    model_type="qwen2", vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_layers=24, num_heads=14,
+    num_kv_heads=2, head_dim=64, rms_norm_eps=1e-6, rope_theta=1e6, qkv_bias=True, tie_word_embeddings=True,
+    sliding_window=None, max_position_embeddings=32_768,
+)  # fmt: skip
+
+
+@functools.cache
+def compile_full_size(rows: int, time: int, remat: str = "full", train: bool = True):
+    """The train or evaluation step of Qwen2.5-0.5B's shape, compiled from shapes alone: (compiled, base bytes)."""
+    decoder = Decoder(QWEN_05B, remat=remat)
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    base = jax.eval_shape(decoder.init, jax.random.key(0), ids, ids, ids)["params"]
+    adapter = lora.adapter_shapes(base, TARGETS, 16)
+    numbers = Settings(OptimizerSettings(*[1.0] * len(OptimizerSettings._fields)), 0.1, 2.0, 0.0)
+    state = jax.eval_shape(lambda a: new_state(a, jax.random.key(0), numbers), adapter)
+    shape = (1, rows, time) if train else (rows, time)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32)
+        for name in ("tokens", "targets", "segments", "positions")
+    }
+    batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    if train:
+        lowered = jax.jit(make_train_step(decoder), donate_argnums=0).lower(state, base, batch)
+    else:
+        lowered = jax.jit(make_eval_step(decoder)).lower(adapter, 2.0, base, batch)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base))
+    return lowered.compile(compiler_options=compiler_options("cpu")), size
+
+
+def test_the_full_size_step_never_holds_all_logits():
+    compiled, _ = compile_full_size(8, 1024)
+    logits = 8 * 1024 * QWEN_05B.vocab_size
+    shapes = re.findall(r"\b(?:f32|bf16|f16|pred|s32|u32)\[([\d,]+)\]", compiled.as_text())
+    assert len(shapes) > 1000
+    vocabulary_sized = [
+        sizes
+        for sizes in ([int(n) for n in shape.split(",")] for shape in set(shapes))
+        if QWEN_05B.vocab_size in sizes
+    ]
+    assert vocabulary_sized
+    largest = max(math.prod(sizes) for sizes in vocabulary_sized)
+    assert largest == QWEN_05B.vocab_size * QWEN_05B.hidden_size  # the embedding itself
+    assert compiled.memory_analysis().temp_size_in_bytes < logits * 4
+
+
+def test_the_base_is_an_argument_and_never_copied():
+    compiled, base_bytes = compile_full_size(1, 64)
+    memory = compiled.memory_analysis()
+    state_bytes = memory.alias_size_in_bytes  # the state is donated: it aliases the output
+    batch_bytes = 5 * 4 * 64
+    assert memory.argument_size_in_bytes == pytest.approx(base_bytes + state_bytes + batch_bytes, rel=1e-3)
+    # With so few tokens the activations are small; what could be large is a copy of the base.
+    assert memory.temp_size_in_bytes < 0.5 * base_bytes
+
+
+def test_evaluation_needs_no_more_memory_than_training():
+    train, _ = compile_full_size(8, 1024)
+    evaluate, _ = compile_full_size(8, 1024, train=False)
+    assert evaluate.memory_analysis().temp_size_in_bytes <= train.memory_analysis().temp_size_in_bytes
