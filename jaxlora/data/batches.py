@@ -62,7 +62,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, e: int) -> Encoded:
+    def __getitem__(self, e: int | np.integer) -> Encoded:
         """The ids and the mask of example e."""
         if not 0 <= e < len(self):
             raise IndexError(f"example {e} of {len(self)}")
@@ -226,7 +226,7 @@ def _cache_folder(cache: Path | str | None) -> Path:
 def _read_cache(path: Path) -> dict[str, np.ndarray] | None:
     """The arrays of an entry; None when there is none, or a broken one (a zip file checks its own sums)."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in ("ids", "trained", "offsets", "source_rows", "counts")}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

@@ -218,8 +218,12 @@ class ChatEncoder:
         queue = Queue(self._text, offsets=False)
         pieces = _fill(plan, contents, queue, trained=frozenset())
         queue.run()
-        whole = self._backend.encode(_text_of(pieces), add_special_tokens=False)
-        if whole.ids != self._join(pieces, queue).ids.tolist():
+        # Asked through transformers, which says how specials are to be read: the backend keeps what was last said.
+        text = _text_of(pieces)
+        whole = self.tokenizer(text, verbose=False, add_special_tokens=False, split_special_tokens=False)[
+            "input_ids"
+        ]
+        if whole != self._join(pieces, queue).ids.tolist():
             raise InputError("this tokenizer reads text differently beside its special tokens (lstrip, rstrip or "
                              "single_word in tokenizer.json), which is not supported")  # fmt: skip
 

@@ -50,7 +50,8 @@ def test_qwen_texts(real, encoders):
 
 @pytest.mark.parametrize(("version", "name"), [("v1", "mistral-v0.1"), ("v3", "mistral-v0.3")])
 def test_mistral_ids_and_masks(version, name, real, encoders):
-    cases = [json.loads(line) for line in (real / "fixtures/mistral_ids_and_masks.jsonl").open()]
+    lines = (real / "fixtures/mistral_ids_and_masks.jsonl").read_text().splitlines()
+    cases = [json.loads(line) for line in lines]
     assert sum(case["messages"][0]["role"] == "system" for case in cases) == 50
     encoded = encoders[name].encode_batch([case["messages"] for case in cases])
     for case, one in zip(cases, encoded, strict=True):
@@ -87,7 +88,7 @@ def spoken(encoder, encoded):
     )
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", ["qwen2.5", "mistral-v0.3"])
 def test_the_trained_spans_of_real_talks_are_the_assistants_turns(name, real, encoders):
     source = load_conversations(str(real / "data/taskmaster4_multiturn.jsonl"))
     assert len(source) == 3710
@@ -112,18 +113,16 @@ def test_ids_are_those_of_the_whole_rendered_text(name, real, encoders):
 @pytest.mark.parametrize("name", ["stories260k-mistral", "stories260k-qwen2"])
 def test_the_tokenizer_of_a_folder_is_used_as_it_is_written(name, real):
     encoder = ChatEncoder(load_tokenizer(str(real / "models" / name)))
-    source = load_conversations(str(real / "data/tinystories_sample.jsonl"))
+    texts = load_conversations(str(real / "data/tinystories_sample.jsonl")).conversations(0, 16)
     written = Tokenizer.from_file(str(real / "models" / name / "tokenizer.json"))
-    for text, encoded in zip(
-        source.conversations(0, 16), encoder.encode_batch(source.conversations(0, 16)), strict=True
-    ):
+    for text, encoded in zip(texts, encoder.encode_batch(texts), strict=True):
         assert encoded.ids.tolist() == [*written.encode(text).ids, encoder.tokenizer.eos_token_id]
 
 
 def test_gsm8k_packs_tightly_and_comes_from_the_cache_at_once(real, encoders, tmp_path):
-    source = load_conversations(str(real / "data/gsm8k/train.jsonl"))
+    source = load_conversations(str(real / "data/gsm8k/test.jsonl"))
     examples = prepare(source, encoders["qwen2.5"], 1024, cache=tmp_path)
-    assert (len(examples), examples.truncated, examples.dropped) == (7473, 0, 0)
+    assert (len(examples), examples.truncated, examples.dropped) == (1319, 0, 0)
     assert Batches(examples, 128, 1024).efficiency > 0.97
     start = time.process_time()
     assert prepare(source, encoders["qwen2.5"], 1024, cache=tmp_path).tokens == examples.tokens

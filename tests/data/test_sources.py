@@ -29,7 +29,7 @@ ROWS = {
         HELLO,
     ),
     "sharegpt with system": (
-        {"system": "Be brief.", "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi there"}]},
+        {"system": "Be brief.", "conversations": [{"from": "human", "value": "Hello"}, HELLO[1]]},
         SYSTEM + HELLO,
     ),
     "text": ({"text": "Once upon a time"}, "Once upon a time"),
@@ -184,7 +184,7 @@ def test_a_folder_is_no_file(tmp_path):
 
 
 def test_no_name_at_all():
-    with pytest.raises(InputError, match="data.train"):
+    with pytest.raises(InputError, match=r"data\.train"):
         load_conversations(("",))
 
 
