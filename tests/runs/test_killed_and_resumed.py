@@ -1,0 +1,77 @@
+"""Killed at random moments and resumed by the same command, a run ends with the bytes of an undisturbed one."""
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from jaxlora.runs.checkpoints import Checkpoints
+
+TOY = Path(__file__).with_name("toy_run.py")
+KILLS = 5
+
+
+def start(folder: Path, pace: float) -> "subprocess.Popen[str]":
+    command = [sys.executable, str(TOY), str(folder), str(pace)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All the run's own files; checkpoints are compared by what they restore, for Orbax notes the time in them."""
+    files = (file for file in folder.rglob("*") if file.is_file() and "checkpoints" not in file.parts)
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.name != ".lock"}
+
+
+def restored_step(folder: Path) -> tuple[int, bytes]:
+    import jax.numpy as jnp
+
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        restored = checkpoints.restore({"w": jnp.zeros((20, 50)), "step": jnp.zeros((), jnp.int32)})
+        assert restored is not None
+        return restored.step, bytes(restored.state["w"].tobytes())
+
+
+def test_a_run_killed_five_times_ends_as_an_undisturbed_one(tmp_path):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    with start(undisturbed, pace=0) as run:
+        assert run.wait(60) == 0, run.communicate()[1]
+
+    chance = random.Random(7)
+    kills, starts = 0, []
+    while True:
+        with start(killed, pace=0.02) as run:
+            assert run.stdout is not None
+            line = run.stdout.readline()
+            assert line.startswith("from "), run.communicate()
+            assert "damaged" not in line  # a kill is no damage: what is not complete does not count as saved
+            starts.append(int(line.split()[1]))
+            if kills == KILLS:
+                assert run.wait(60) == 0, run.communicate()[1]
+                break
+            time.sleep(chance.uniform(0.05, 0.5))
+            run.kill()
+            kills += 1
+
+    assert max(starts) > 0, "no start ever found a checkpoint: the test shows nothing"
+    assert contents(killed) == contents(undisturbed)
+    assert restored_step(killed) == restored_step(undisturbed)
+    names = sorted(entry.name for entry in (undisturbed / "checkpoints").iterdir())
+    assert sorted(entry.name for entry in (killed / "checkpoints").iterdir()) == names
+
+
+def test_a_run_whose_newest_checkpoint_is_cut_short_says_so_and_ends_the_same(tmp_path):
+    folder = tmp_path / "run"
+    with start(folder, pace=0) as run:
+        assert run.wait(60) == 0, run.communicate()[1]
+    finished = contents(folder)
+    for file in (folder / "checkpoints" / "40" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with start(folder, pace=0) as run:
+        output, errors = run.communicate(timeout=60)
+        assert run.returncode == 0, errors
+    assert output.startswith("from 36 checkpoint ")
+    assert "checkpoints/40 is damaged" in output
+    assert errors == ""  # one line tells it; no traceback of Orbax's does
+    assert contents(folder) == finished

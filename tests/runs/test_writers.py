@@ -1,0 +1,125 @@
+"""Curves in metrics.jsonl and, through CLU, in TensorBoard: complete, once each, and never in the run's way."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from jaxlora.runs import writers as module
+from jaxlora.runs.directory import RunDirectory
+from jaxlora.runs.writers import Writers
+
+CONFIG = {
+    "optim": {"learning_rate": 1e-4},
+    "lora": {"targets": ["q_proj", "v_proj"], "rank": 8},
+    "stop": {"patience": None},
+}
+
+# TensorFlow's import warns of its own affairs.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def read(run: RunDirectory):
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run.tensorboard), tensor_size_guidance={"scalars": 0, "text": 0})
+    return events.Reload()
+
+
+def scalars(events, tag: str) -> list[tuple[int, float]]:
+    from tensorboard.util import tensor_util
+
+    return [
+        (event.step, float(tensor_util.make_ndarray(event.tensor_proto))) for event in events.Tensors(tag)
+    ]
+
+
+def test_scalars_hparams_and_texts_reach_tensorboard(tmp_path):
+    from tensorboard.plugins.hparams import metadata
+
+    with RunDirectory.open(tmp_path / "run", CONFIG) as run, Writers(run) as writers:
+        writers.hparams(run.config)
+        for step in range(1, 31):
+            writers.scalars(step, {"train/nll": 1 / step, "reason": "text is for metrics.jsonl only"})
+        writers.texts(30, {"answers": "**before** 1, after 2"})
+        assert len(run.metrics()) == 30  # at once
+    assert writers.problems() == []
+    events = read(run)
+    assert scalars(events, "train/nll") == [
+        (step, pytest.approx(1 / step, rel=1e-6)) for step in range(1, 31)
+    ]
+    (text,) = events.Tensors("answers")
+    assert text.step == 30
+    assert text.tensor_proto.string_val[0] == b"**before** 1, after 2"
+    summary = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG)
+    shown = metadata.parse_session_start_info_plugin_data(summary.plugin_data.content).hparams
+    assert shown["optim.learning_rate"].number_value == 1e-4
+    assert shown["lora.rank"].number_value == 8
+    assert shown["lora.targets"].string_value == "q_proj, v_proj"
+    assert shown["stop.patience"].string_value == "None"
+
+
+def test_a_resumed_run_shows_each_step_once(tmp_path):
+    with RunDirectory.open(tmp_path, CONFIG) as run, Writers(run) as writers:
+        for step in range(1, 11):
+            writers.scalars(step, {"x": 1.0})
+    with RunDirectory.open(tmp_path, CONFIG) as run:
+        run.truncate(after_step=6)
+        with Writers(run) as writers:
+            for step in range(7, 13):
+                writers.scalars(step, {"x": 2.0})
+    assert scalars(read(run), "x") == [(step, 1.0 if step <= 6 else 2.0) for step in range(1, 13)]
+
+
+def test_a_nonfinite_scalar_is_written_as_such(tmp_path):
+    with RunDirectory.open(tmp_path, CONFIG) as run, Writers(run) as writers:
+        writers.scalars(1, {"x": float("inf")})
+    assert scalars(read(run), "x") == [(1, float("inf"))]
+    assert run.metrics() == [{"step": 1, "x": None, "x/nonfinite": "inf"}]
+
+
+def test_flush_waits_for_what_was_written(tmp_path):
+    with RunDirectory.open(tmp_path, CONFIG) as run, Writers(run) as writers:
+        writers.scalars(1, {"x": 1.0})
+        writers.flush()
+        assert scalars(read(run), "x") == [(1, 1.0)]
+
+
+def test_when_tensorboard_cannot_be_written_the_run_goes_on_and_says_so(tmp_path):
+    with RunDirectory.open(tmp_path, CONFIG) as run:
+        run.tensorboard.touch()  # a file where the folder should be
+        with Writers(run) as writers:
+            writers.scalars(1, {"x": 1.0})
+            writers.flush()
+            writers.scalars(2, {"x": 1.0})
+        assert len(run.metrics()) == 2
+    (problem,) = writers.problems()
+    assert "TensorBoard" in problem
+    assert writers.problems() == []
+
+
+def test_a_writer_that_wrote_nothing_imports_and_starts_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_open", lambda run: pytest.fail("TensorFlow would be imported"))
+    with RunDirectory.open(tmp_path, CONFIG) as run, Writers(run):
+        assert "tensorboard" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_program_writes_curves_without_a_word_of_tensorflow_and_ends_even_unclosed(tmp_path):
+    program = """
+import sys
+from jaxlora.runs.directory import RunDirectory
+from jaxlora.runs.writers import Writers
+run = RunDirectory.open(sys.argv[1], {})
+Writers(run).scalars(1, {"x": 1.0})
+assert "tensorflow" not in sys.modules or sys.modules["tensorflow"].__spec__._initializing, "it was waited for"
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**module.os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONWARNINGS": "ignore"},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert scalars(read(RunDirectory.read(tmp_path)), "x") == [(1, 1.0)]
