@@ -1,10 +1,14 @@
 """Killed at random moments and resumed by the same command, a run ends with the bytes of an undisturbed one."""
 
 import random
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
 
 from jaxlora.runs.checkpoints import Checkpoints
 
@@ -24,19 +28,23 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def restored_step(folder: Path) -> tuple[int, bytes]:
-    import jax.numpy as jnp
-
     with Checkpoints(folder / "checkpoints") as checkpoints:
         restored = checkpoints.restore({"w": jnp.zeros((20, 50)), "step": jnp.zeros((), jnp.int32)})
         assert restored is not None
         return restored.step, bytes(restored.state["w"].tobytes())
 
 
-def test_a_run_killed_five_times_ends_as_an_undisturbed_one(tmp_path):
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    with start(undisturbed, pace=0) as run:
-        assert run.wait(60) == 0, run.communicate()[1]
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    with start(folder, pace=0) as run:
+        errors = run.communicate(timeout=60)[1]
+        assert run.returncode == 0, errors
+    return folder
 
+
+def test_a_run_killed_five_times_ends_as_an_undisturbed_one(undisturbed, tmp_path):
+    killed = tmp_path / "run"
     chance = random.Random(7)
     kills, starts = 0, []
     while True:
@@ -47,9 +55,13 @@ def test_a_run_killed_five_times_ends_as_an_undisturbed_one(tmp_path):
             assert "damaged" not in line  # a kill is no damage: what is not complete does not count as saved
             starts.append(int(line.split()[1]))
             if kills == KILLS:
-                assert run.wait(60) == 0, run.communicate()[1]
+                errors = run.communicate(timeout=60)[1]
+                assert run.returncode == 0, errors
                 break
-            time.sleep(chance.uniform(0.05, 0.5))
+            last = starts[-1] + chance.randint(2, 11)
+            while int(run.stdout.readline()) < last:
+                pass
+            time.sleep(chance.uniform(0, 0.04))  # in a step, an evaluation, a save, or a deletion
             run.kill()
             kills += 1
 
@@ -60,11 +72,9 @@ def test_a_run_killed_five_times_ends_as_an_undisturbed_one(tmp_path):
     assert sorted(entry.name for entry in (killed / "checkpoints").iterdir()) == names
 
 
-def test_a_run_whose_newest_checkpoint_is_cut_short_says_so_and_ends_the_same(tmp_path):
+def test_a_run_whose_newest_checkpoint_is_cut_short_says_so_and_ends_the_same(undisturbed, tmp_path):
     folder = tmp_path / "run"
-    with start(folder, pace=0) as run:
-        assert run.wait(60) == 0, run.communicate()[1]
-    finished = contents(folder)
+    shutil.copytree(undisturbed, folder)
     for file in (folder / "checkpoints" / "40" / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -74,4 +84,4 @@ def test_a_run_whose_newest_checkpoint_is_cut_short_says_so_and_ends_the_same(tm
     assert output.startswith("from 36 checkpoint ")
     assert "checkpoints/40 is damaged" in output
     assert errors == ""  # one line tells it; no traceback of Orbax's does
-    assert contents(folder) == finished
+    assert contents(folder) == contents(undisturbed)

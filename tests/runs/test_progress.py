@@ -99,9 +99,12 @@ def test_a_short_stage_leaves_no_line_and_a_longer_one_its_time(plain, clock):
 
 
 def test_a_stage_that_fails_does_not_say_that_it_is_done(plain, clock):
-    with pytest.raises(OSError, match="no"), plain.stage("loading"):
+    def fail() -> None:
         clock.now += 30
         raise OSError("no")
+
+    with pytest.raises(OSError, match="no"), plain.stage("loading"):
+        fail()
     assert lines(plain) == []
 
 

@@ -35,6 +35,7 @@ def main(folder: str, pace: float) -> None:
         print(f"from {start}", *checkpoints.skipped, flush=True)
         for step in range(start + 1, STEPS + 1):
             time.sleep(pace)
+            print(step, flush=True)
             state = advance(state, jnp.asarray(step, jnp.int32))
             run.append_metrics(step, {"train/nll": state["w"].mean()})
             if step % EVALUATE == 0:
