@@ -4,6 +4,7 @@ import codecs
 import csv
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -290,13 +291,17 @@ def _load_hub(name: str, split: str) -> tuple[Dataset, str]:
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Keeps datasets' own bars and log lines off the terminal: what goes wrong is said by our error."""
+    """Keeps the libraries' own bars and log lines off the terminal: what goes wrong is said by our error."""
     bars, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(50)
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    hub = logging.getLogger("huggingface_hub")
+    hub_level = hub.level
+    hub.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
+        hub.setLevel(hub_level)
         datasets.logging.set_verbosity(verbosity)
         if not bars:
             datasets.enable_progress_bars()
