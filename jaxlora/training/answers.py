@@ -141,7 +141,7 @@ class Answers:
             )
             ids, lengths, ended = jax.device_get(answered)
             for i, row, length, end in zip(members, ids, lengths, ended, strict=False):
-                text = self._tokenizer.decode(row[:length].tolist(), skip_special_tokens=True)
+                text = str(self._tokenizer.decode(row[:length].tolist(), skip_special_tokens=True))
                 reference = self._references[i]
                 exact = text.strip() == reference.strip()
                 found[int(i)] = Answer(self._prompts[i], reference, text, exact, int(length), bool(end))
