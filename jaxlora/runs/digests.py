@@ -13,11 +13,9 @@ Source: A. Appleby, MurmurHash3 (fmix32).
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 
@@ -29,24 +27,11 @@ def digests(leaves: Sequence[jax.Array]) -> list[int]:
     Returns:
         One integer below 2^32 a leaf. Waits for the arrays to be computed.
     """
-    groups: dict[
-        Any, list[int]
-    ] = {}  # one compiled program cannot take leaves that live on different devices
-    for index, leaf in enumerate(leaves):
-        groups.setdefault(frozenset(leaf.sharding.device_set), []).append(index)
-    started = [(indices, _digest_all([leaves[i] for i in indices])) for indices in groups.values()]
-    found = [0] * len(leaves)
-    for indices, values in started:
-        for index, value in zip(indices, np.asarray(values), strict=True):
-            found[index] = int(value)
-    return found
+    return [int(digest) for digest in jax.device_get([_digest(leaf) for leaf in leaves])]
 
 
+# One small program for each shape, of which a state has few, rather than one for the state, which has many leaves.
 @jax.jit
-def _digest_all(leaves: Sequence[jax.Array]) -> jax.Array:
-    return jnp.stack([_digest(leaf) for leaf in leaves])
-
-
 def _digest(leaf: jax.Array) -> jax.Array:
     if leaf.dtype == jnp.bool_:
         leaf = leaf.astype(jnp.uint8)

@@ -67,6 +67,8 @@ class Progress:
         self._live: Live | None = None
         self._spinner = Spinner("dots")
         self._lock = threading.RLock()
+        self._unprinted: list[tuple[str, str]] = []
+        self._printing = False
         self._stages: list[Stage] = []
         self._evaluation: Stage | None = None
         self._facts = ""  # of the last logged step
@@ -223,11 +225,22 @@ class Progress:
             self._evaluation = None
             self._clock.resume()
 
-    def _print(self, text: str, style: str | None = None) -> None:
+    def _print(self, text: str, style: str = "") -> None:
+        self._unprinted.append((text, style))
+        if self._printing:
+            return  # a signal handler speaks in the middle of a print, which must not be entered twice
+        self._printing = True
+        try:
+            while self._unprinted:
+                self._write(*self._unprinted.pop(0))
+        finally:
+            self._printing = False
+
+    def _write(self, text: str, style: str) -> None:
         self._last_output = time.monotonic()
         try:
             if self.interactive:
-                self._console.print(Text(text, style=style or ""), soft_wrap=True)
+                self._console.print(Text(text, style=style), soft_wrap=True)
             else:
                 print(text, file=self._output, flush=True)
         except BrokenPipeError:

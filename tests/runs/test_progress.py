@@ -153,6 +153,18 @@ sys.stderr.write("went on to the end")
     assert run.returncode == 0
 
 
+def test_a_signal_handler_may_speak_in_the_middle_of_a_line():
+    class Interrupted(io.StringIO):
+        def write(self, text: str) -> int:
+            if "first" in text:
+                progress.say("second")
+            return super().write(text)
+
+    with Progress(output=Interrupted()) as progress:
+        progress.say("first")
+    assert lines(progress) == ["first", "second"]
+
+
 def test_on_a_terminal_a_line_lives_below_the_messages():
     import os
     import pty
