@@ -10,6 +10,8 @@ import dataclasses
 import functools
 import gc
 import json
+import os
+import re
 import shutil
 import sys
 import warnings
@@ -320,7 +322,9 @@ def _quiet() -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """The heart of an error: Orbax's and TensorStore's go on for pages."""
+    """The heart of an error: Orbax's and TensorStore's go on for pages, with the system's words far inside."""
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 

@@ -275,6 +275,7 @@ def test_a_save_that_finds_the_disk_full_is_told_and_harms_nothing(tmp_path, ful
                 checkpoints.wait()
             (problem,) = checkpoints.problems()
             assert f"the checkpoint of step {step} could not be saved" in problem
+            assert "File too large" in problem
             assert "untouched" in problem
             assert checkpoints.problems() == []
         assert sorted(entry.name for entry in tmp_path.iterdir()) == ["1"]  # no remains that fill the disk
@@ -298,6 +299,7 @@ def test_a_real_full_disk(tmp_path):
             checkpoints.wait()
             (problem,) = checkpoints.problems()
             assert "step 2" in problem
+            assert "No space left on device" in problem
             checkpoints.save(3, small)
             assert checkpoints.steps() == [1, 3]
             assert checkpoints.problems() == []

@@ -13,7 +13,7 @@ import numpy as np
 from jaxlora.runs.checkpoints import Checkpoints
 from jaxlora.runs.directory import RunDirectory
 
-STEPS, EVALUATE, SAVE = 40, 3, 4
+STEPS, EVALUATE, SAVE = 60, 3, 4
 
 
 @jax.jit
