@@ -325,7 +325,7 @@ def _answer_lines(answerer: Answerer, system: str | None) -> None:
 def _chat(answerer: Answerer, system: str | None) -> None:
     """Talks until the person leaves."""
     with suppress(ImportError):
-        import readline  # noqa: F401  input() then has a history and arrow keys
+        import readline  # noqa: F401  with it, input() has a history and arrow keys
 
     start: Messages = [{"role": "system", "content": system}] if system else []
     messages = list(start)
@@ -375,15 +375,13 @@ def _ask() -> str | None:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """While open, Ctrl-C is only noted; a second one raises KeyboardInterrupt.
+    """While open, Ctrl-C is only noted.
 
     An exception between a call that donates the cache and the assignment of its result would lose the conversation.
     """
     received: list[int] = []
 
     def note(number: int, _frame: object) -> None:
-        if received:
-            raise KeyboardInterrupt
         received.append(number)
 
     before = signal.signal(signal.SIGINT, note)
