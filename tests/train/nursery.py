@@ -1,0 +1,64 @@
+"""Starts train commands as processes of their own, forked from one that has done the slow imports.
+
+Each line on stdin is a JSON object: `arguments` of the command, `output` (the file for what it prints) and, for one
+that shall be killed, `die`: [where, n]. It then sends itself SIGKILL as it reaches its n-th call of `where`
+("jaxlora.module:function" or "jaxlora.module:Class.method"), or, where that is a folder, as it is about to open, make,
+rename or delete for the n-th time something in that folder. Answers on stdout: the process id, then how it ended.
+"""
+
+import functools
+import importlib
+import json
+import os
+import runpy
+import signal
+import sys
+
+IMPORTED = """
+    jaxlora.runs.writers tensorflow clu.metric_writers orbax.checkpoint jaxlora.config.build.wiring
+    jaxlora.training.recording
+""".split()
+TOUCHES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
+
+
+def die_at(where: str, n: int) -> None:
+    left = n
+
+    def count(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if os.path.isabs(where):
+        sys.addaudithook(
+            lambda event, args: count() if event in TOUCHES and str(args[0]).startswith(where) else None
+        )
+        return
+    module, _, path = where.partition(":")
+    *owners, name = path.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    function = getattr(owner, name)
+    setattr(owner, name, lambda *args, **named: (count(), function(*args, **named))[1])
+
+
+def command(order: dict) -> None:
+    """In the child: becomes `python -m jaxlora.train`."""
+    output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream, file in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
+        os.dup2(file, stream)
+    sys.argv = ["jaxlora.train", *order["arguments"]]
+    if "die" in order:
+        die_at(*order["die"])
+    runpy.run_module("jaxlora.train", run_name="__main__")
+
+
+if __name__ == "__main__":
+    for name in IMPORTED:
+        importlib.import_module(name)
+    for line in iter(sys.stdin.readline, ""):
+        child = os.fork()
+        if child == 0:
+            command(json.loads(line))  # ends by SystemExit, as any command
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

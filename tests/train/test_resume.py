@@ -1,0 +1,238 @@
+"""A run that was killed, asked to leave, or lost its newest checkpoint ends with the bytes of an undisturbed one."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NURSERY = Path(__file__).with_name("nursery.py")
+# Twenty batches an evaluation, and a checkpoint every other step: much to be interrupted in.
+SHAPE = {
+    "eval__batch_size": 1,
+    "checkpoint__every": 2,
+    "eval__every": 3,
+    "train__max_steps": 16,
+    "log__every": 2,
+}
+PATIENCE = {
+    **SHAPE,
+    "train__max_steps": 60,
+    "optim__learning_rate": 0.1,
+    "stop__patience": 2,
+    "eval__every": 2,
+}
+
+
+class Command:
+    """A train command in a process of its own, or the next one when that has ended."""
+
+    def __init__(self, nursery: "subprocess.Popen[str]", output: Path):
+        self._nursery, self._output = nursery, output
+        self.pid = 0
+
+    def start(self, arguments: list[str], **plan: Any) -> None:
+        order = {"arguments": arguments, "output": str(self._output), **plan}
+        assert self._nursery.stdin is not None
+        self._nursery.stdin.write(json.dumps(order) + "\n")
+        self._nursery.stdin.flush()
+        self.pid = self._answer()
+
+    def wait(self) -> int:
+        """Its exit code; minus the signal for one that was killed."""
+        return self._answer()
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text()
+
+    def run(self, arguments: list[str], **plan: Any) -> int:
+        self.start(arguments, **plan)
+        return self.wait()
+
+    def _answer(self) -> int:
+        assert self._nursery.stdout is not None
+        line = self._nursery.stdout.readline()
+        assert line, "the nursery has died"
+        return int(line)
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator["subprocess.Popen[str]"]:
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    with subprocess.Popen(
+        [sys.executable, str(NURSERY)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=NURSERY.parents[2],
+    ) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def command(nursery, tmp_path) -> Command:
+    return Command(nursery, tmp_path / "output.txt")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nursery, project, tmp_path_factory) -> Callable[[dict[str, Any]], Path]:
+    """The folder of the run with these settings that nobody disturbed; each is made once."""
+    made: dict[str, Path] = {}
+    folder = tmp_path_factory.mktemp("undisturbed")
+
+    def run(settings: dict[str, Any]) -> Path:
+        name = json.dumps(settings)
+        if name not in made:
+            workdir = folder / str(len(made))
+            command = Command(nursery, folder / f"{len(made)}.txt")
+            assert command.run(project.arguments(workdir, **settings)) == 0, command.output
+            made[name] = workdir
+        return made[name]
+
+    return run
+
+
+def contents(workdir: Path) -> dict[str, bytes]:
+    """What a run leaves, but for the time that it took: curves, per-example losses, adapters, config, record."""
+    files = [
+        *workdir.glob("eval/*"),
+        *workdir.glob("best/*"),
+        *workdir.glob("last/*"),
+        workdir / "config.json",
+    ]
+    found = {str(file.relative_to(workdir)): file.read_bytes() for file in files}
+    curves = (workdir / "metrics.jsonl").read_bytes()
+    found["metrics.jsonl"] = re.sub(rb', "train/tokens_per_second": [\d.]+', b"", curves)
+    record = json.loads((workdir / "record.json").read_text())
+    found["record.json"] = json.dumps({**record, "seconds": None}).encode()
+    return found
+
+
+def assert_same(workdir: Path, undisturbed: Path) -> None:
+    found, expected = contents(workdir), contents(undisturbed)
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert found[name] == expected[name], name
+    steps = [{entry.name for entry in (run / "checkpoints").iterdir()} for run in (workdir, undisturbed)]
+    assert steps[0] == steps[1]
+
+
+def last_step(workdir: Path) -> int:
+    """The step of the last whole line of metrics.jsonl; -1 without one."""
+    file = workdir / "metrics.jsonl"
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    return json.loads(lines[-1])["step"] if lines else -1
+
+
+def wait_for_step(command: Command, workdir: Path, step: int) -> None:
+    """Returns when metrics.jsonl has a line of this step or a later one."""
+    patience = time.monotonic() + 120
+    while last_step(workdir) < step:
+        assert time.monotonic() < patience, command.output
+        time.sleep(0.002)
+
+
+def test_killed_five_times_and_stopping_early(command, undisturbed, project, tmp_path):
+    """Before the first checkpoint, in an evaluation, twice while the folder is written, and from outside."""
+    expected = undisturbed(PATIENCE)
+    assert json.loads((expected / "record.json").read_text())["status"] == "stopped_early"
+    workdir, chance = tmp_path / "run", random.Random(5)
+    arguments = project.arguments(workdir, **PATIENCE)
+    inside = [
+        ["jaxlora.data.batches:Batches.batch", 2],
+        ["jaxlora.training.evaluate:_add", chance.randint(1, 60)],
+        [str(workdir / "checkpoints"), chance.randint(1, 100)],
+        [str(workdir), chance.randint(20, 150)],
+    ]
+    starts = []
+    for die in inside:
+        assert command.run(arguments, die=die) == -signal.SIGKILL, command.output
+        starts.append(command.output)
+    command.start(arguments)
+    wait_for_step(command, workdir, last_step(workdir) + chance.randint(1, 2))
+    time.sleep(chance.uniform(0, 0.03))
+    os.kill(command.pid, signal.SIGKILL)
+    assert command.wait() == -signal.SIGKILL, command.output
+    assert command.run(arguments) == 0, command.output
+    starts.append(command.output)
+
+    assert "starting afresh" in starts[1]
+    assert all("going on after step" in output for output in starts[2:]), starts
+    assert not any("damaged" in output for output in starts)
+    assert_same(workdir, expected)
+
+
+@pytest.fixture
+def left(command, project, tmp_path) -> Path:
+    """A run that was asked to leave by SIGTERM, after it had saved more than once."""
+    workdir = tmp_path / "run"
+    command.start(project.arguments(workdir, **SHAPE))
+    wait_for_step(command, workdir, 6)
+    os.kill(command.pid, signal.SIGTERM)
+    assert command.wait() == 0, command.output
+    return workdir
+
+
+def test_asked_to_leave(command, undisturbed, project, left):
+    record = json.loads((left / "record.json").read_text())
+    arguments = project.arguments(left, **SHAPE)
+    assert record["status"] == "preempted"
+    assert 6 <= record["steps"] < 16
+    assert "SIGTERM" in command.output
+    assert f"go on             python -m jaxlora.train {' '.join(arguments)}" in command.output
+
+    command.start(arguments)
+    wait_for_step(command, left, record["steps"] + 1)
+    os.kill(command.pid, signal.SIGINT)
+    assert command.wait() == 0, command.output
+    assert "SIGINT" in command.output
+    assert json.loads((left / "record.json").read_text())["status"] in ("preempted", "finished")
+    assert f"going on after step {record['steps']}" in command.output
+
+    assert command.run(arguments) == 0, command.output
+    assert_same(left, undisturbed(SHAPE))
+
+
+def test_newest_checkpoint_cut_short(command, undisturbed, project, left):
+    """The one before is used, which is said, and the run ends as if nothing had been lost."""
+    steps = sorted(int(entry.name) for entry in (left / "checkpoints").iterdir())
+    newest = left / "checkpoints" / str(steps[-1])
+    for file in (newest / "state").rglob("*"):
+        if file.is_file():
+            os.truncate(file, file.stat().st_size // 2)
+    assert command.run(project.arguments(left, **SHAPE)) == 0, command.output
+    assert f"{newest} is damaged" in command.output
+    assert "passed over" in command.output
+    assert f"going on after step {steps[-2]}" in command.output
+    assert_same(left, undisturbed(SHAPE))
+
+
+def test_all_checkpoints_cut_short(command, undisturbed, project, left):
+    for file in (left / "checkpoints").rglob("*"):
+        if file.is_file():
+            os.truncate(file, file.stat().st_size // 2)
+    assert command.run(project.arguments(left, **SHAPE)) == 0, command.output
+    assert "starting afresh" in command.output
+    assert_same(left, undisturbed(SHAPE))
+
+
+def test_a_run_that_has_ended_is_left_alone(call, undisturbed, project, tmp_path):
+    workdir = Path(shutil.copytree(undisturbed(SHAPE), tmp_path / "run"))
+    before = contents(workdir)
+    ended = call(project.arguments(workdir, **SHAPE))
+    assert ended.code == 0
+    assert f"{workdir}: this run has ended (finished: all 16 steps done)" in ended.out
+    assert f"python -m jaxlora.generate --run {workdir}" in ended.out
+    assert contents(workdir) == before
