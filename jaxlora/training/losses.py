@@ -88,8 +88,11 @@ def _in_chunks(hidden, unembed, targets, weights, smoothing, chunk: int, with_gr
     rows, time, _ = hidden.shape
     stretch = min(max(1, chunk // rows), time)  # positions of every row that make up a chunk
     padding = -time % stretch
-    mean_row = jnp.mean(unembed.astype(jnp.float32), axis=0)
     head = unembed.astype(hidden.dtype)
+    # The mean as a matrix product: XLA's CPU backend would otherwise hold the whole head in float32 to sum it. The
+    # barrier keeps the compiler from seeing that the rows are ones, and turning the product back into that sum.
+    ones = jax.lax.optimization_barrier(jnp.ones((8, head.shape[0]), head.dtype))
+    mean_row = jnp.einsum("CV,VD->CD", ones, head, preferred_element_type=jnp.float32)[0] / head.shape[0]
 
     def split(x):  # [B, T, ...] -> [chunks, B, c, ...]
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))

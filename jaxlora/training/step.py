@@ -15,7 +15,7 @@ from jaxlora.training.losses import TokenLosses, cross_entropy
 from jaxlora.training.optimizer import learning_rate, optimizer
 from jaxlora.training.state import TrainState
 
-Batch = Mapping[str, Array]
+Batch = Mapping[str, Any]
 """tokens, targets, segments, positions (int32) and weights (float32): [M, B, T] for training, [B, T] for evaluation."""
 
 

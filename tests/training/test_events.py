@@ -3,14 +3,23 @@
 import json
 import math
 
+import jax.numpy as jnp
 import pytest
 
 from jaxlora.training.events import EarlyStop, Evaluate, Guard, Log, Save, Standing, StepInfo, Stop
+from jaxlora.training.optimizer import OptimizerSettings
+from jaxlora.training.state import Settings, TrainState
 
+NO_SETTINGS = Settings(OptimizerSettings(*[0.0] * len(OptimizerSettings._fields)), 0.0, 1.0, 0.0)
 SUMS = {
     "objective": 30.0, "nll": 20.0, "correct": 5.0, "weight": 10.0, "tokens": 40.0, "grad_norm": 0.5,
     "learning_rate": 1e-3, "applied": 1.0,
 }  # fmt: skip
+
+
+def state_at(step):
+    """A state that holds nothing but its step."""
+    return TrainState(jnp.asarray(step), {}, None, jnp.zeros(2, jnp.uint32), NO_SETTINGS)
 
 
 def at(step, state=None, leaving=False, **changed):
@@ -102,11 +111,16 @@ def test_the_best_is_kept_at_the_evaluation_that_found_it():
     values = {0: 3.0, 10: 2.0, 20: 2.5, 30: 1.5}
     kept, written, standing = [], [], Standing()
     evaluate = Evaluate(
-        standing, 10, lambda state: ({"nll": values[state]}, {"example": [0]}, None), kept.append,
-        lambda *x: written.append(x), lambda *x: None, lambda text: None,
-    )  # fmt: skip
+        standing,
+        10,
+        run=lambda state: ({"nll": values[int(state.step)]}, {"example": [0]}, None),
+        keep_best=lambda state: kept.append(int(state.step)),
+        write=lambda *x: written.append(x),
+        write_examples=lambda *x: None,
+        say=lambda text: None,
+    )
     for step in range(31):
-        evaluate(at(step, state=step))
+        evaluate(at(step, state=state_at(step)))
     assert kept == [0, 10, 30]
     assert (standing.first["step"], standing.best, standing.last["step"]) == (
         0,
@@ -122,6 +136,6 @@ def test_the_last_step_is_evaluated_and_saved_whatever_the_interval():
     save = Save(standing, 400, lambda step, state, best: saved.append((step, best)))
     evaluate = Evaluate(standing, 400, lambda state: None, *[lambda *x: None] * 4)
     for step in (1, 3, 400, 401, 1000):
-        save(at(step, state="state", leaving=step in (401, 1000)))
+        save(at(step, state=state_at(step), leaving=step in (401, 1000)))
     assert saved == [(3, True), (400, False), (401, False), (1000, False)]
     assert [evaluate.due(at(step)) for step in (1, 400, 1000)] == [False, True, True]

@@ -18,7 +18,7 @@ def alone(make_tiny):
     for _ in range(2):
         state, sums = step(state, tiny.base, batch)
     losses = jax.jit(make_eval_step(tiny.decoder))(state.adapter, 2.0, tiny.base, tiny.batch(1, 8, 16))
-    return jax.device_get((state.adapter, sums, losses))
+    return jax.device_get((state.adapter, state.moments, sums, losses))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_eight_devices_are_one(make_tiny, alone, sizes):
 
     kernel = base["layers"]["self_attn"]["q_proj"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // (sizes[1] * sizes[2])
-    for ours, theirs in zip(
-        jax.tree.leaves((state.adapter, sums, losses)), jax.tree.leaves(alone), strict=True
-    ):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * max(1e-3, np.abs(theirs).max()))
+    # By the norm of each leaf: where a gradient is all but zero, Adam turns its rounding into a step of full size.
+    found = (state.adapter, state.moments, sums, losses)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
+        assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)

@@ -27,11 +27,12 @@ def compiled(make_tiny):
 
 
 def close(one, other, rtol=1e-5):
-    """Trees of arrays that agree leaf by leaf, relative to each leaf's largest value."""
+    """Trees of arrays that agree leaf by leaf, each by its norm.
+
+    Not element by element: where a gradient is all but zero, Adam turns its rounding into a step of full size.
+    """
     for mine, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(
-            mine, theirs, rtol=rtol, atol=rtol * float(jnp.max(jnp.abs(theirs))) + 1e-12
-        )
+        assert np.linalg.norm(mine - theirs) <= rtol * np.linalg.norm(theirs) + 1e-12
 
 
 def after_two_steps(step, tiny, batch):
@@ -117,7 +118,7 @@ def test_dropout_draws_anew_each_step_and_micro_batch_and_the_same_for_the_same_
 def test_merged_is_applied(make_tiny):
     tiny = make_tiny()
     batch = tiny.batch(2, 3, 16)
-    evaluate = make_eval_step(tiny.decoder)
+    evaluate = jax.jit(make_eval_step(tiny.decoder))
     applied = evaluate(tiny.state.adapter, 2.0, tiny.base, batch)
     merged = lora.merge(tiny.base, lora.scale(tiny.state.adapter, 2.0))
     nothing = jax.tree.map(jnp.zeros_like, tiny.state.adapter)
