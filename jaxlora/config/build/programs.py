@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -138,10 +139,14 @@ def compile_programs(config: Config, model: Model, like: TrainState) -> Programs
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
     micro = config.train.micro_batch_size
     step = make_train_step(model.decoder, dropout=config.lora.dropout > 0)
-    train = jax.jit(
-        step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), whole)
-    ).lower(state, shapes, batch(config.train.batch_size // micro, micro))
-    evaluate = jax.jit(make_eval_step(model.decoder)).lower(
-        state.adapter, state.settings.lora_scale, shapes, batch(config.eval.batch_size)
+    placements = (jax.tree.map(lambda x: x.sharding, state), whole)
+    lowered = (
+        jax.jit(step, donate_argnums=0, out_shardings=placements).lower(
+            state, shapes, batch(config.train.batch_size // micro, micro)
+        ),
+        jax.jit(make_eval_step(model.decoder)).lower(
+            state.adapter, state.settings.lora_scale, shapes, batch(config.eval.batch_size)
+        ),
     )
-    return Programs(train.compile(compiler_options=options), evaluate.compile(compiler_options=options))
+    with ThreadPoolExecutor(len(lowered)) as pool:  # XLA compiles outside Python's lock
+        return Programs(*pool.map(lambda program: program.compile(compiler_options=options), lowered))
