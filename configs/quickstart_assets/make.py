@@ -9,7 +9,9 @@ What it does, all of it seeded:
 3. asks the rounded base every primitive task about held-out words, and the taught task, which it must fail;
 4. writes base/, train.jsonl and eval.jsonl beside this file, or into --out.
 
-TIME_NOTE
+It takes 23 minutes of CPU time, about 12 on two cores of an AMD EPYC (Zen 4) that do nothing else. The base then
+answers 93 to 100 % of a primitive task's held-out questions exactly (97 % or more in 13 of 16), and no pig latin.
+
 The data files come out byte for byte the same anywhere; weights may differ in their last bits between processors.
 """
 
@@ -34,6 +36,7 @@ from jaxlora.core import prng, tree
 from jaxlora.core.products import contract
 from jaxlora.models.decoder import Decoder, unembedding
 from jaxlora.models.spec import DecoderSpec
+from jaxlora.models.weights import param_shapes, tensor_table
 
 HERE = Path(__file__).parent
 
@@ -70,7 +73,7 @@ CONFIG = {
     "torch_dtype": "bfloat16",
 }
 
-STEPS, ROWS, ROW_LENGTH = 2000, 32, 192
+STEPS, ROWS, ROW_LENGTH = 1600, 32, 192
 LEARNING_RATE, WARMUP, WEIGHT_DECAY = 3e-3, 100, 0.01
 CHECKED = 200  # held-out questions a task
 
@@ -152,20 +155,18 @@ def batches(tokenizer: Tokenizer, conversations: Iterator[list[tasks.Turn]], row
 # ---------------------------------------------------------------------------------------------------- pretraining
 
 
-def initial(key: jax.Array, decoder: Decoder) -> dict[str, Any]:
+def initial(key: jax.Array, spec: DecoderSpec) -> dict[str, Any]:
     """Random float32 parameters: kernels ~ N(0, 1 / fan_in), so that a model this narrow starts with a signal."""
-    one = jnp.ones((1, 1), jnp.int32)
-    shapes = jax.eval_shape(decoder.init, key, one, one, one)["params"]
 
-    def leaf(path: tree.Path, like: jax.ShapeDtypeStruct) -> jax.Array:
+    def leaf(path: tree.Path, shape: tuple[int, ...]) -> jax.Array:
         if path[-1] in ("scale", "bias"):
-            return jnp.full(like.shape, float(path[-1] == "scale"))
-        deviation = 0.05 if path[-1] == "embedding" else like.shape[-2] ** -0.5
+            return jnp.full(shape, float(path[-1] == "scale"))
+        deviation = 0.05 if path[-1] == "embedding" else shape[-2] ** -0.5
         if path[-2] in ("o_proj", "down_proj"):  # what is added to the residual stream, 2 L times (GPT-2)
-            deviation /= (2 * decoder.spec.num_layers) ** 0.5
-        return deviation * jax.random.normal(prng.named(key, *path), like.shape)
+            deviation /= (2 * spec.num_layers) ** 0.5
+        return deviation * jax.random.normal(prng.named(key, *path), shape)
 
-    return tree.map_leaves(leaf, shapes)
+    return tree.unflatten({path: leaf(path, shape) for path, shape in param_shapes(spec).items()})
 
 
 def logits(decoder: Decoder, params: dict[str, Any], batch: Batch) -> jax.Array:
@@ -177,7 +178,7 @@ def logits(decoder: Decoder, params: dict[str, Any], batch: Batch) -> jax.Array:
 
 def pretrain(decoder: Decoder, stream: Iterator[Batch], steps: int, seed: int) -> dict[str, Any]:
     """Trains all parameters with AdamW, float32 master weights under bfloat16 products."""
-    params = initial(jax.random.key(seed), decoder)
+    params = initial(jax.random.key(seed), decoder.spec)
     print(f"{tree.count(params):,} parameters")
     schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, WARMUP, steps)
     transform = optax.chain(
@@ -238,7 +239,8 @@ def never_taught(conversations: Iterator[list[tasks.Turn]]) -> Iterator[list[tas
     """Passes conversations on, and fails if one gives the taught task away or uses a held-out word."""
     for turns in conversations:
         for turn in turns:
-            assert "pig latin" not in turn.question and turn.answer != tasks.pig_latin(turn.word), turn
+            assert "pig latin" not in turn.question, turn
+            assert turn.answer != tasks.pig_latin(turn.word), turn
             assert not held_out(turn.word), turn
         yield turns
 
@@ -246,17 +248,14 @@ def never_taught(conversations: Iterator[list[tasks.Turn]]) -> Iterator[list[tas
 # ---------------------------------------------------------------------------------------------------- files
 
 
-def hugging_face(params: dict[str, Any]) -> dict[str, jax.Array]:
-    """The parameters under Hugging Face's names, a tensor a layer, matrices [out, in]."""
+def hugging_face(params: dict[str, Any], spec: DecoderSpec) -> dict[str, jax.Array]:
+    """The parameters as Hugging Face stores them: a tensor a layer, matrices [out, in]."""
     tensors: dict[str, jax.Array] = {}
-    for path, leaf in tree.leaves(params):
-        transposed = path[-1] == "kernel"
-        suffix = "bias" if path[-1] == "bias" else "weight"
-        if path[0] != "layers":
-            tensors[f"model.{path[0]}.{suffix}"] = leaf
-            continue
-        for i, layer in enumerate(leaf):
-            tensors[f"model.layers.{i}.{'.'.join(path[1:-1])}.{suffix}"] = layer.T if transposed else layer
+    leaves = dict(tree.leaves(params))
+    for path, stored in tensor_table(spec).items():
+        parts = leaves[path] if stored.stacked else [leaves[path]]
+        for name, part in zip(stored.names, parts, strict=True):
+            tensors[name] = part.T if stored.transposed else part
     return tensors
 
 
@@ -278,13 +277,13 @@ def write_data(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_model(folder: Path, params: dict[str, Any]) -> None:
+def write_model(folder: Path, params: dict[str, Any], spec: DecoderSpec) -> None:
     """config.json, generation_config.json and model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", CONFIG)
     ends = {"eos_token_id": IM_END, "pad_token_id": END_OF_TEXT, "do_sample": False}
     write_json(folder / "generation_config.json", ends)
-    save_file(hugging_face(params), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(hugging_face(params, spec), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def main() -> None:
@@ -303,7 +302,7 @@ def main() -> None:
     stream = batches(tokenizer, never_taught(tasks.pretraining(arguments.seed)), ROWS)
     params = pretrain(decoder, stream, arguments.steps, arguments.seed)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    write_model(arguments.out / "base", params)
+    write_model(arguments.out / "base", params, decoder.spec)
 
     scores = {
         name: exact_match(decoder, params, tokenizer, held_out_turns(name)) for name in tasks.PRIMITIVES
