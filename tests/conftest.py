@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import types
@@ -64,3 +65,19 @@ def real() -> Path:
 def repository() -> Path:
     """The repository's root: configs/, README.md, and where commands are run."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def smollm2(real, request) -> Path:
+    """A folder of SmolLM2-135M-Instruct: $JAXLORA_SMOLLM2, or built once into pytest's cache (needs the network)."""
+    given = os.environ.get("JAXLORA_SMOLLM2")
+    if given:
+        return Path(given)
+    folder = Path(request.config.cache.mkdir("smollm2"))
+    if not (folder / "complete").is_file():
+        command = [sys.executable, str(real / "make_smollm2.py"), str(folder)]
+        built = subprocess.run(command, capture_output=True, text=True, check=False)
+        if built.returncode:
+            pytest.skip(f"SmolLM2 could not be built: {built.stderr.strip().splitlines()[-1]}")
+        (folder / "complete").touch()
+    return folder
