@@ -182,12 +182,14 @@ class Evaluate:
         now = {"step": info.step, "eval/nll": nll}
         standing.first, standing.last = standing.first or now, now
         best = standing.best
-        better = best is None or nll < best["eval/nll"]
+        better = math.isfinite(nll) and (best is None or nll < best["eval/nll"])
         if better:
             best = standing.best = now
             self.keep_best(info.state)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        compared = "the best so far" if better else f"best {best['eval/nll']:.4g} at step {best['step']}"
+        compared = "not finite"
+        if best is not None:
+            compared = "the best so far" if better else f"best {best['eval/nll']:.4g} at step {best['step']}"
         self.say(f"eval at step {info.step}: {shown}  ({compared})")
 
 

@@ -139,3 +139,21 @@ def test_the_last_step_is_evaluated_and_saved_whatever_the_interval():
         save(at(step, state=state_at(step), leaving=step in (401, 1000)))
     assert saved == [(3, True), (400, False), (401, False), (1000, False)]
     assert [evaluate.due(at(step)) for step in (1, 400, 1000)] == [False, True, True]
+
+
+def test_an_evaluation_that_is_not_finite_is_never_the_best():
+    kept, standing = [], Standing()
+    values = {0: math.nan, 10: 2.0, 20: math.nan}
+    evaluate = Evaluate(
+        standing,
+        10,
+        run=lambda state: ({"nll": values[int(state.step)]}, {"example": [0]}, None),
+        keep_best=lambda state: kept.append(int(state.step)),
+        write=lambda *x: None,
+        write_examples=lambda *x: None,
+        say=lambda text: None,
+    )
+    for step in values:
+        evaluate(at(step, state=state_at(step)))
+    assert kept == [10]
+    assert standing.best == {"step": 10, "eval/nll": 2.0}
