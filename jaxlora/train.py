@@ -1,5 +1,6 @@
 """Fine-tune one adapter: python -m jaxlora.train --config configs/quickstart.py"""
 
+import shlex
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,9 +52,8 @@ def fine_tune(
     from jaxlora.runs.progress import Progress
 
     path = workdir or default_path(config_name(config_argument))
-    command = " ".join(
-        ["python -m jaxlora.train", "--config", config_argument, *overrides, "--workdir", str(path)]
-    )
+    arguments = ["--config", config_argument, *overrides, "--workdir", str(path)]
+    command = f"python -m jaxlora.train {shlex.join(arguments)}"
     with Progress() as progress:
         # An existing folder is looked at before anything slow: it may hold another run, or a finished one.
         run = RunDirectory.open(path, to_dict(config)) if path.exists() else None
@@ -112,7 +112,7 @@ def _fine_tune(
         # ---- compile, and say what is going to happen
         with progress.stage("compiling the training and evaluation steps"):
             compiled = programs.compile_programs(config, model, state)
-        _tell_plan(config, model, data, state, total, path, progress)
+        _tell_plan(config, model, data, state, total, path, command, progress)
 
         # ---- train
         facts = wiring.facts(config, model, data)
@@ -175,6 +175,7 @@ def _tell_plan(
     state: "TrainState",
     total: int,
     path: Path,
+    command: str,
     progress: "Progress",
 ) -> None:
     """The summary before training."""
@@ -219,6 +220,7 @@ def _tell_plan(
             f"{optim.weight_decay:g}: shrinks a weight by {decay_budget(state.settings.optimizer):.2%} over the run",
         ),
         ("early stop", f"after {stop} evaluations without improvement" if stop else "off"),
+        ("to go on", f"{command} (should it be interrupted)"),
     ]
     progress.table("what will be done", rows)
 
@@ -231,15 +233,20 @@ def _tell_outcome(run: "RunDirectory", progress: "Progress", command: str) -> No
         ("steps", f"{record.get('steps', 0):,} in {record.get('seconds', 0):,.0f} s")
     ]
     if best:
-        rows.append(("eval nll before", f"{first['eval/nll']:.4f}"))
-        rows.append(("eval nll at best", f"{best['eval/nll']:.4f} (step {best['step']:,})"))
-        rows.append(("eval nll at last", f"{last['eval/nll']:.4f} (step {last['step']:,})"))
+        rows.append(("eval nll before", _nll(first)))
+        rows.append(("eval nll at best", f"{_nll(best)} (step {best['step']:,})"))
+        rows.append(("eval nll at last", f"{_nll(last)} (step {last['step']:,})"))
         rows.append(("adapter", f"{run.best} (the best), {run.last} (the last)"))
-        rows.append(("try it", f"python -m jaxlora.generate --run {run.path}"))
+        rows.append(("try it", f"python -m jaxlora.generate --run {shlex.quote(str(run.path))}"))
     if record.get("status") not in ENDED:
-        rows.append(("go on", command))
+        rows.append(("to go on", command))
     progress.table("what came of it", rows)
     _tell_answers(run, progress)
+
+
+def _nll(evaluation: dict[str, Any]) -> str:
+    value = evaluation["eval/nll"]  # None stands for what JSON has no number for
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _tell_answers(run: "RunDirectory", progress: "Progress", count: int = 5) -> None:

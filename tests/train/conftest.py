@@ -196,13 +196,3 @@ def devices(monkeypatch) -> Iterator[Callable[[int], None]]:
 
     see(1)
     return see
-
-
-def metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def curve(workdir: Path, name: str) -> dict[int, Any]:
-    """One quantity of metrics.jsonl by step."""
-    return {line["step"]: line[name] for line in metrics(workdir) if name in line}

@@ -191,7 +191,7 @@ def test_asked_to_leave(command, undisturbed, project, left):
     assert record["status"] == "preempted"
     assert 6 <= record["steps"] < 16
     assert "SIGTERM" in command.output
-    assert f"go on             python -m jaxlora.train {' '.join(arguments)}" in command.output
+    assert f"to go on          python -m jaxlora.train {' '.join(arguments)}" in command.output
 
     command.start(arguments)
     wait_for_step(command, left, record["steps"] + 1)
