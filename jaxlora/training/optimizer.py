@@ -67,8 +67,14 @@ def learning_rate(settings: OptimizerSettings, updates: Scalar) -> jax.Array:
 
 def decay_budget(settings: OptimizerSettings) -> float:
     """The share by which weight decay alone shrinks a parameter over a whole run: 1 - exp(-decay * sum of rates)."""
-    rates = jax.vmap(lambda step: learning_rate(settings, step))(jnp.arange(int(settings.total_steps)))
-    return float(1.0 - jnp.exp(-settings.weight_decay * jnp.sum(rates)))
+    steps = int(settings.total_steps)
+
+    @jax.jit  # one small program, where every operation by itself would be compiled for this number of steps
+    def budget(settings: OptimizerSettings) -> jax.Array:
+        rates = jax.vmap(lambda step: learning_rate(settings, step))(jnp.arange(steps))
+        return 1.0 - jnp.exp(-settings.weight_decay * jnp.sum(rates))
+
+    return float(budget(settings))
 
 
 def optimizer(settings: OptimizerSettings, rate: Scalar) -> optax.GradientTransformation:
