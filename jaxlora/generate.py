@@ -396,7 +396,7 @@ def _utf8(what: str) -> Iterator[None]:
     try:
         yield
     except UnicodeError as error:
-        raise InputError(f"{what} is not UTF-8 text ({error.reason}).") from error
+        raise InputError(f"{what} is not UTF-8 text.") from error
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ In both, cache index s of row b holds position s - padding[b]. That alone makes 
 positions, and what is not written yet, or left over from an earlier answer, lies in the future of every query.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlora.core.compilation import compiler_options
@@ -137,9 +138,13 @@ def _logits(params: Mapping[str, Any], hidden: Float[Array, "B D"]) -> Float[Arr
 
 
 def bucket(length: int) -> int:
-    """The padded length of a prompt: the next multiple of 32 up to 256, of 64 up to 512, of `PREFILL` beyond."""
-    step = 32 if length <= 256 else 64 if length <= 512 else PREFILL
-    return max(1, -(-length // step)) * step
+    """The padded length of a prompt: one more than a multiple of 32 up to 256, of 64 up to 512, of `PREFILL` beyond.
+
+    The one is the last id, with which the loop over new ids begins.
+    """
+    before = max(1, length - 1)
+    step = 32 if before <= 256 else 64 if before <= 512 else PREFILL
+    return -(-before // step) * step + 1
 
 
 def left_pad(
@@ -190,46 +195,44 @@ def answer_batch(
         cache_sharding: placement of the cache.
     """
     count, length = tokens.shape
-    cache = new_cache(decoder.spec, count, length + max_new_tokens, decoder.dtype, cache_sharding)
-    width = PREFILL if length > PREFILL and length % PREFILL == 0 else length
+    cache = new_cache(decoder.spec, count, length - 1 + max_new_tokens, decoder.dtype, cache_sharding)
+
+    # The prompts' last ids are left to the loop: choosing an id is then written, and compiled, in one place.
+    width = PREFILL if (length - 1) % PREFILL == 0 else length - 1
+    chunks = tokens[:, :-1].reshape(count, -1, width).swapaxes(0, 1)
 
     def prefill(cache, chunk):
-        ids, index = chunk
-        hidden, cache = advance(decoder, params, lora, cache, ids, padding, index * width)
-        return cache, hidden[:, -1]
+        index, ids = chunk
+        return advance(decoder, params, lora, cache, ids, padding, index * width)[1], None
 
-    chunks = tokens.reshape(count, -1, width).swapaxes(0, 1)
-    cache, hidden = jax.lax.scan(prefill, cache, (chunks, jnp.arange(len(chunks))))
+    cache, _ = jax.lax.scan(prefill, cache, (jnp.arange(len(chunks)), chunks))
 
-    def chosen(hidden, index):
-        return choose(_logits(params, hidden), sampling, key, rows, index - padding)
+    def open_rows(index, answered: Answered):
+        return (answered.lengths == index) & ~answered.ended & (padding < length)
 
-    def record(answered: Answered, token, index) -> Answered:
-        open_ = (answered.lengths == index) & ~answered.ended & (padding < length)
+    def going(state):
+        index, answered, _, _ = state
+        return (index < max_new_tokens) & jnp.any(open_rows(index, answered))
+
+    def step(state):
+        index, answered, token, cache = state
+        at = length - 1 + index
+        hidden, cache = advance(decoder, params, lora, cache, token[:, None], padding, at)
+        token = choose(_logits(params, hidden[:, 0]), sampling, key, rows, at + 1 - padding)
+        open_ = open_rows(index, answered)
         stopped = open_ & jnp.isin(token, stop_ids)
         kept = open_ & ~stopped
-        return Answered(
+        answered = Answered(
             answered.ids.at[:, index].set(jnp.where(kept, token, 0)),
             answered.lengths + kept,
             answered.ended | stopped,
         )
-
-    def going(state):
-        index, answered, _, _ = state
-        return (index < max_new_tokens) & jnp.any(answered.lengths == index)
-
-    def step(state):
-        index, answered, token, cache = state
-        at = length + index - 1
-        hidden, cache = advance(decoder, params, lora, cache, token[:, None], padding, at)
-        token = chosen(hidden[:, -1], at + 1)
-        return index + 1, record(answered, token, index), token, cache
+        return index + 1, answered, token, cache
 
     nothing = Answered(
         jnp.zeros((count, max_new_tokens), jnp.int32), jnp.zeros(count, jnp.int32), jnp.zeros(count, bool)
     )
-    token = chosen(hidden[-1], length)
-    start = (jnp.ones((), jnp.int32), record(nothing, token, 0), token, cache)
+    start = (jnp.zeros((), jnp.int32), nothing, tokens[:, -1], cache)
     return jax.lax.while_loop(going, step, start)[1]
 
 
@@ -246,7 +249,7 @@ class Session:
     Args:
         decoder: the model.
         params: the base. lora: the scaled adapter, {} for none.
-        cache_sharding: placement of the cache on a mesh; None on one device.
+        cache_sharding: placement of the cache on the base's mesh; None where the base is on one device.
     Attributes:
         limit: positions that the model was made for; a prompt and its answer together may have that many ids.
     """
@@ -256,12 +259,15 @@ class Session:
         decoder: Decoder,
         params: Mapping[str, Any],
         lora: Mapping[str, Any],
-        cache_sharding: jax.sharding.Sharding | None = None,
+        cache_sharding: NamedSharding | None = None,
     ):
         self.limit = decoder.spec.max_position_embeddings
         self._params, self._lora = params, lora
-        platform = next(iter(jax.tree.leaves(params)[0].devices())).platform
-        self._step, self._grow, self._new = _stream_programs(decoder, platform, cache_sharding)
+        if cache_sharding is None:
+            self._whole = placed = SingleDeviceSharding(next(iter(jax.tree.leaves(params)[0].devices())))
+        else:
+            self._whole, placed = NamedSharding(cache_sharding.mesh, PartitionSpec()), cache_sharding
+        self._new, self._grow, self._fill, self._next = _stream_programs(decoder, self._whole, placed)  # pyright: ignore[reportArgumentType]  frozen, so hashable
         self._cache: Cache = self._new(capacity=_SMALLEST_CACHE)
         self._held: list[int] = []  # the ids whose keys and values the cache holds, from index 0 on
 
@@ -292,7 +298,7 @@ class Session:
         stop_ids: Sequence[int],
         sampling: Sampling = Sampling(),  # noqa: B008  immutable
         seed: int = 0,
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """Yields the ids of an answer as they are chosen, without the stop id. May be left at any id.
 
         Args:
@@ -307,22 +313,22 @@ class Session:
         ids, key = [int(i) for i in prompt], jax.random.key(seed)
         if not ids or max_new_tokens < 1 or len(ids) + max_new_tokens > self.limit:
             raise ValueError(f"{len(ids)} + {max_new_tokens} ids do not fit a context of {self.limit}")
-        shared = _shared(
-            self._held, ids[:-1]
-        )  # the last one's hidden state is needed, so it is computed again
-        widths = _widths(len(ids) - shared)
+        shared = _shared(self._held, ids[:-1])
+        widths = _widths(len(ids) - 1 - shared)
         self.reserve(max(len(ids) + max_new_tokens, shared + sum(widths)))
         del self._held[shared:]
-        token: Any = None
         for width in widths:
-            piece = ids[len(self._held) :][:width]
+            piece = ids[len(self._held) : -1][:width]
             tokens = np.zeros((1, width), np.int32)
             tokens[0, : len(piece)] = piece
-            token = self._advance(tokens, len(piece), sampling, key)
+            self._cache = self._fill(self._params, self._lora, self._cache, tokens, len(self._held))
             self._held += piece
+        # The prompt's last id opens the loop: choosing is compiled with single ids alone, and not for every piece.
+        token = self._choose(jax.device_put(np.array(ids[-1:], np.int32), self._whole), sampling, key)
+        self._held.append(ids[-1])
         for remaining in reversed(range(max_new_tokens)):
             # The next id is under way on the device while this one is fetched, looked at and printed.
-            following = self._advance(token[:, None], 1, sampling, key) if remaining else None
+            following = self._choose(token, sampling, key) if remaining else token
             value = int(token[0])
             if remaining:
                 self._held.append(value)
@@ -331,33 +337,41 @@ class Session:
             yield value
             token = following
 
-    def _advance(self, tokens: Any, count: int, sampling: Sampling, key: Array) -> Array:
-        """Computes the first `count` of `tokens` [1, T] after what is held; returns the id [1] that comes next."""
-        token, self._cache = self._step(
-            self._params, self._lora, self._cache, tokens, len(self._held), count, sampling, key
+    def _choose(self, token: Array, sampling: Sampling, key: Array) -> Array:
+        """Computes one id [1] after those that are held; returns the id [1] that comes next."""
+        following, self._cache = self._next(
+            self._params, self._lora, self._cache, token, len(self._held), sampling, key
         )
-        return token
+        return following
 
 
 @lru_cache(maxsize=4)
-def _stream_programs(decoder: Decoder, platform: str, cache_sharding: jax.sharding.Sharding | None):
-    """(step, grow, new) of a `Session`, shared by all sessions of a decoder."""
+def _stream_programs(decoder: Any, whole: jax.sharding.Sharding, cache_sharding: jax.sharding.Sharding):
+    """(new, grow, fill, next) of a `Session`, shared by all sessions of a decoder.
+
+    Every placement is fixed: an array that came back from a program elsewhere than it went in would be another type of
+    argument, and everything would be compiled twice.
+    """
+    platform = next(iter(whole.device_set)).platform
     compiled = partial(jax.jit, compiler_options=compiler_options(platform))
-    new = partial(new_cache, decoder.spec, 1, dtype=decoder.dtype, sharding=cache_sharding)
+
+    def fill(params, lora, cache, tokens, write_at):
+        """One piece of a prompt, padded on the right: what it writes too much is overwritten before it is seen."""
+        return advance(decoder, params, lora, cache, tokens, jnp.zeros(1, jnp.int32), write_at)[1]
+
+    def step(params, lora, cache, token, write_at, sampling, key):
+        row = jnp.zeros(1, jnp.int32)
+        hidden, cache = advance(decoder, params, lora, cache, token[:, None], row, write_at)
+        position = jnp.asarray(write_at + 1, jnp.int32)[None]
+        return choose(_logits(params, hidden[:, 0]), sampling, key, row, position), cache
+
+    new = partial(new_cache, decoder.spec, 1, dtype=decoder.dtype)
     return (
-        compiled(partial(_stream_step, decoder), donate_argnames="cache"),
-        compiled(_copy_into),
-        compiled(new, static_argnames="capacity"),
+        compiled(new, static_argnames="capacity", out_shardings=cache_sharding),
+        compiled(_copy_into, out_shardings=cache_sharding),
+        compiled(fill, donate_argnames="cache", out_shardings=cache_sharding),
+        compiled(step, donate_argnames="cache", out_shardings=(whole, cache_sharding)),
     )
-
-
-def _stream_step(decoder, params, lora, cache, tokens, write_at, count, sampling, key):
-    """One piece of a prompt, padded on the right, or one id: the id that follows its first `count` ids, the cache."""
-    padding = jnp.zeros(1, jnp.int32)
-    hidden, cache = advance(decoder, params, lora, cache, tokens, padding, write_at)
-    last = jax.lax.dynamic_index_in_dim(hidden, count - 1, axis=1, keepdims=False)
-    position = jnp.asarray(write_at + count, jnp.int32)[None]
-    return choose(_logits(params, last), sampling, key, padding, position), cache
 
 
 def _copy_into(old: Cache, new: Cache) -> Cache:
