@@ -86,10 +86,12 @@ def _fine_tune(
     with progress.stage("reading the data") as stage:
         data = inputs.data(config, inputs.encoder(model, config.data.train_on), progress.say, stage)
     total = inputs.total_steps(config, data.train)
+    answers = wiring.answers(config, model, data)
     progress.total_steps = total
     with progress.stage("loading the base") as stage:
         base = inputs.base(model, stage)
-    state = programs.first_state(config, model, total)
+    with progress.stage("making the adapter"):
+        state = programs.first_state(config, model, total)
 
     run = run or RunDirectory.open(path, to_dict(config))
     with run, Checkpoints(run.checkpoints, config.checkpoint.keep) as checkpoints, Writers(run) as writers:
@@ -121,9 +123,7 @@ def _fine_tune(
         )
         writers.hparams(to_dict(config))
         recorder.record("running", None)
-        evaluator = wiring.evaluator(
-            config, model, data, compiled, base, wiring.answers(config, model, data), progress
-        )
+        evaluator = wiring.evaluator(config, model, data, compiled, base, answers, progress)
         events = wiring.events(config, data, evaluator, recorder, progress)
         put = programs.put_batch(model, config.train.batch_size // config.train.micro_batch_size)
         with _leaving_on_request(progress) as asked:
@@ -179,7 +179,8 @@ def _tell_plan(
     progress: "Progress",
 ) -> None:
     """The summary before training."""
-    from jaxlora.core.tree import count, leaves
+    from jaxlora.config.build import programs
+    from jaxlora.core.tree import count
     from jaxlora.training.optimizer import decay_budget
 
     trained, frozen = count(state.adapter), count(model.shapes())
@@ -187,7 +188,7 @@ def _tell_plan(
     devices = model.mesh.devices
     mesh = ", ".join(f"{axis} {size}" for axis, size in model.mesh.shape.items())
     stop = config.stop.patience
-    targets = dict.fromkeys(path[-2] for path, _ in leaves(state.adapter))
+    targets = programs.lora_spec(config).targets
     rows = [
         ("run folder", path),
         (
@@ -228,18 +229,20 @@ def _tell_plan(
 def _tell_outcome(run: "RunDirectory", progress: "Progress", command: str) -> None:
     """The summary after training, from the run's folder alone."""
     record = run.record
-    best, first, last = (record.get(key) or {} for key in ("best", "first", "last"))
+    best, first, last = (record.get(key) for key in ("best", "first", "last"))
     rows: list[tuple[str, Any]] = [
         ("steps", f"{record.get('steps', 0):,} in {record.get('seconds', 0):,.0f} s")
     ]
-    if best:
+    if first and last:
         rows.append(("eval nll before", _nll(first)))
-        rows.append(("eval nll at best", f"{_nll(best)} (step {best['step']:,})"))
+        rows.append(
+            ("eval nll at best", f"{_nll(best)} (step {best['step']:,})" if best else "none is finite")
+        )
         rows.append(("eval nll at last", f"{_nll(last)} (step {last['step']:,})"))
+    if best:
         rows.append(("adapter", f"{run.best} (the best), {run.last} (the last)"))
         rows.append(("try it", f"python -m jaxlora.generate --run {shlex.quote(str(run.path))}"))
-    if record.get("status") not in ENDED:
-        rows.append(("to go on", command))
+    rows.append(("to go on" if record.get("status") not in ENDED else "again", command))
     progress.table("what came of it", rows)
     _tell_answers(run, progress)
 

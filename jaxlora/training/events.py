@@ -211,7 +211,7 @@ class EarlyStop:
         if self.patience is None or not self.due(info) or self.standing.last is None:
             return None
         standing, nll = self.standing, self.standing.last["eval/nll"]
-        if nll < standing.reference - self.min_delta or math.isinf(standing.reference):
+        if nll < standing.reference - self.min_delta:  # a NaN is below nothing: it counts as no improvement
             standing.reference, standing.waited = nll, 0
             return None
         if info.step < self.min_steps:

@@ -3,9 +3,12 @@
 Each line on stdin is a JSON object: `arguments` of the command, `output` (the file for what it prints) and, for one
 that shall be killed, `die`: [where, n]. It then sends itself SIGKILL as it reaches its n-th call of `where`
 ("jaxlora.module:function" or "jaxlora.module:Class.method"), or, where that is a folder, as it is about to open, make,
-rename or delete for the n-th time something in that folder. Answers on stdout: the process id, then how it ended.
+rename or delete for the n-th time something in that folder. A command that ends by itself also prints how many
+programs it found in JAX's persistent cache. Answers on stdout: the process id, then how it ended.
 """
 
+import atexit
+import collections
 import functools
 import importlib
 import json
@@ -47,6 +50,11 @@ def command(order: dict) -> None:
     output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream, file in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
         os.dup2(file, stream)
+    import jax
+
+    events: collections.Counter[str] = collections.Counter()
+    jax.monitoring.register_event_listener(lambda name, **_: events.update([name]))
+    atexit.register(lambda: print("found in the cache:", events["/jax/compilation_cache/cache_hits"]))
     sys.argv = ["jaxlora.train", *order["arguments"]]
     if "die" in order:
         die_at(*order["die"])

@@ -335,6 +335,9 @@ def test_poisoned_base(project, call, tmp_path):
     assert record(workdir)["status"] == "diverged"
     assert "step 1: the loss is not finite; the update was not applied" in ended.out
     assert "eval nll before   not finite" in ended.out
+    assert "eval nll at best  none is finite" in ended.out
+    assert record(workdir)["best"] is None
+    assert not (workdir / "best").exists()
     assert curve(workdir, "eval/nll") == {0: None}
     assert list(curve(workdir, "train/nonfinite")) == [1]
-    assert adapter_is_finite(workdir / "best")
+    assert adapter_is_finite(workdir / "last")

@@ -203,6 +203,8 @@ def test_asked_to_leave(command, undisturbed, project, left):
 
     assert command.run(arguments) == 0, command.output
     assert_same(left, undisturbed(SHAPE))
+    # The train and the evaluation step at least; what compiles in less than half a second is not kept.
+    assert int(command.output.rpartition("found in the cache: ")[2]) >= 2
 
 
 def test_newest_checkpoint_cut_short(command, undisturbed, project, left):

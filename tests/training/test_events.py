@@ -51,6 +51,11 @@ def test_improvements_below_the_threshold_add_up():
     assert run_early_stop([2.0, 1.999, 1.998, 1.997], patience=3, min_delta=0.01)[0] == 30
 
 
+def test_a_first_evaluation_that_is_not_finite_is_no_reference():
+    assert run_early_stop([math.nan, 3.0, 2.0, 1.0, 0.9], patience=2)[0] is None
+    assert run_early_stop([math.inf, math.nan, 2.0], patience=2)[0] == 10
+
+
 def test_no_early_stop_before_min_steps():
     rising = [2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.7]
     assert run_early_stop(rising, patience=2, min_steps=0)[0] == 20
