@@ -86,7 +86,7 @@ def _fine_tune(
     with progress.stage("reading the data") as stage:
         data = inputs.data(config, inputs.encoder(model, config.data.train_on), progress.say, stage)
     total = inputs.total_steps(config, data.train)
-    answers = wiring.answers(config, model, data)
+    answers = wiring.answers(config, model, data, progress.say)
     progress.total_steps = total
     with progress.stage("loading the base") as stage:
         base = inputs.base(model, stage)
@@ -256,7 +256,7 @@ def _tell_answers(run: "RunDirectory", progress: "Progress", count: int = 5) -> 
     """A few held-out questions, with the answer before training and at the best evaluation."""
     scores = {line["step"]: line["eval/exact_match"] for line in run.metrics() if "eval/exact_match" in line}
     best = (run.record.get("best") or {}).get("step")
-    if 0 not in scores or best not in scores:
+    if best is None or 0 not in scores or best not in scores:
         return
     before, after = run.read_evaluation(0, "answers"), run.read_evaluation(best, "answers")
     columns = (before["prompt"], before["text"], after["text"], before["reference"])

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from jaxlora.training.answers import Answers
 
 
-def answers(config: Config, model: Model, data: Data) -> "Answers | None":
-    """The held-out prompts to answer at each evaluation, or None when eval.generate is 0."""
+def answers(config: Config, model: Model, data: Data, say: Callable[[str], None]) -> "Answers | None":
+    """The held-out prompts to answer at each evaluation, or None when eval.generate is 0; says what is left out."""
     if not config.eval.generate:
         return None
     from jaxlora.training.answers import Answers
 
     count = min(config.eval.generate, len(data.eval.examples))
     rows = data.eval.examples.source_rows[:count]
-    return Answers(
+    answers = Answers(
         model.decoder,
         data.encoder,
         [data.eval_source[int(row)] for row in rows],
@@ -34,6 +34,12 @@ def answers(config: Config, model: Model, data: Data) -> "Answers | None":
         batch_size=config.eval.batch_size,
         mesh=model.mesh,
     )
+    if answers.left_out:
+        say(
+            f"{answers.left_out:,} of {count:,} held-out prompts are not answered: they leave no room for "
+            f"eval.max_new_tokens = {config.eval.max_new_tokens} in the model's positions"
+        )
+    return answers
 
 
 def events(
