@@ -68,14 +68,18 @@ class Command:
 
 @pytest.fixture(scope="module")
 def nursery() -> Iterator["subprocess.Popen[str]"]:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    root = NURSERY.parents[2]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "PYTHONPATH": str(root),
+    }
     with subprocess.Popen(
         [sys.executable, str(NURSERY)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=environment,
-        cwd=NURSERY.parents[2],
+        cwd=root,
     ) as process:
         yield process
         process.kill()
