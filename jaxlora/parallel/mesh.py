@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -12,7 +12,7 @@ from jaxlora.core.errors import InputError
 AXES = ("data", "fsdp", "tensor")
 
 
-def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
+def make_mesh(sizes: Sequence[int], devices: Sequence[Any]) -> Mesh:
     """Arranges devices as (data, fsdp, tensor).
 
     Args:

@@ -71,9 +71,10 @@ class Standing:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Standing":
-        return cls(
-            **(dict(values) | {"reference": math.inf if values["reference"] is None else values["reference"]})
-        )
+        fields: dict[str, Any] = dict(values)
+        if fields["reference"] is None:
+            fields["reference"] = math.inf
+        return cls(**fields)
 
 
 @dataclasses.dataclass

@@ -68,7 +68,7 @@ def train(program: Program, state: TrainState, standing: Standing, events: Event
         events.stop(start)
         events.save(start)
 
-    batch = program.batch(first + 1) if first < total else None
+    batch: Any = program.batch(first + 1) if first < total else None
     for step in range(first + 1, total + 1):
         # ---- the step, and the next batch while it runs
         clock = clock or time.monotonic()

@@ -55,7 +55,7 @@ def make_train_step(decoder: Decoder, dropout: bool = False) -> Callable[..., tu
 
     def objective(adapter, base, settings, key, rows: Batch):
         scaled = lora.scale(adapter, settings.lora_scale)
-        hidden = decoder.apply(
+        hidden: Any = decoder.apply(
             {"params": base, "lora": scaled},
             rows["tokens"],
             rows["positions"],
@@ -113,7 +113,7 @@ def make_eval_step(decoder: Decoder) -> Callable[..., TokenLosses]:
     """Builds `evaluate(adapter, lora_scale, base, batch) -> TokenLosses`: each token's losses, without a gradient."""
 
     def evaluate(adapter, lora_scale, base, batch: Batch) -> TokenLosses:
-        hidden = decoder.apply(
+        hidden: Any = decoder.apply(
             {"params": base, "lora": lora.scale(adapter, lora_scale)},
             batch["tokens"],
             batch["positions"],
