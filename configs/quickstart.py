@@ -7,7 +7,9 @@ on little questions about the letters of a word: repeat it, reverse it, move its
 seen pig latin; here an adapter learns it ("Say string in pig latin." -> "ingstray"), and is asked about words that
 neither it nor the base has been trained on. make.py in that folder made all of it.
 
-NUMBERS
+Hardware: any CPU; 85 seconds on two cores of an AMD EPYC with nothing compiled before and twice as much other work
+running beside it (71 seconds of CPU time in all). Exact match on the 200 held-out questions goes from 0 % to 98 %
+(97.5 % with seed 1), eval/nll from 5.59 to 0.008.
 """
 
 from pathlib import Path
@@ -25,23 +27,24 @@ def get_config():
 
     config.data.train = str(ASSETS / "train.jsonl")
     config.data.eval = str(ASSETS / "eval.jsonl")
-    # The longest conversation, three questions, has 186 tokens; packing puts about two and a half into a row.
+    # The longest conversation, three questions, has 182 tokens; packing puts about two and a half into a row.
     config.data.max_length = 192
 
     config.lora.rank = 16
     config.lora.alpha = 32.0
 
+    # 16 rows hold about 50 questions.
     config.train.batch_size = 16
     config.train.micro_batch_size = 16
-    config.train.max_steps = 250
-    # A model this narrow takes ten times the rate of a large one.
-    config.optim.learning_rate = 3e-3
-    config.optim.warmup_steps = 20
+    config.train.max_steps = 120
+    # A model this narrow takes 25 times the rate of a large one; 120 steps are little more than an epoch.
+    config.optim.learning_rate = 5e-3
+    config.optim.warmup_steps = 10
 
-    config.eval.every = 50
+    config.eval.every = 40
     config.eval.batch_size = 16
     config.eval.generate = 200
     config.eval.max_new_tokens = 16
-    config.checkpoint.every = 50
+    config.checkpoint.every = 40
     config.log.every = 10
     return config
