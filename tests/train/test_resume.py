@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 NURSERY = Path(__file__).with_name("nursery.py")
-# Twenty batches an evaluation, and a checkpoint every other step: much to be interrupted in.
+# Ten batches an evaluation, and a checkpoint every other step: much to be interrupted in.
 SHAPE = {
     "eval__batch_size": 1,
     "checkpoint__every": 2,
@@ -29,6 +29,7 @@ PATIENCE = {
     "train__max_steps": 60,
     "optim__learning_rate": 0.1,
     "stop__patience": 2,
+    "stop__min_steps": 20,
     "eval__every": 2,
 }
 
