@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def contract(equation: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
     """`einsum(equation, x, y)` with operands in x's dtype and a float32 result.
 
@@ -26,11 +25,16 @@ def contract(equation: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> F
     Returns:
         float32, shaped as the equation says.
     """
+    return _contract(equation, x, y)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _contract(equation, x, y):
     return jnp.einsum(equation, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 def _forward(equation, x, y):
-    return contract(equation, x, y), (x, y)
+    return _contract(equation, x, y), (x, y)
 
 
 def _backward(equation, operands, cotangent):
@@ -44,4 +48,4 @@ def _backward(equation, operands, cotangent):
     return dx.astype(x.dtype), dy.astype(y.dtype)
 
 
-contract.defvjp(_forward, _backward)
+_contract.defvjp(_forward, _backward)
