@@ -173,7 +173,7 @@ def initial(key: jax.Array, spec: DecoderSpec) -> dict[str, Any]:
 def logits(decoder: Decoder, params: dict[str, Any], batch: Batch) -> jax.Array:
     """[B, T, V] float32; the vocabulary is small enough to have them whole."""
     params = jax.tree.map(lambda x: x.astype(decoder.dtype), params)
-    hidden = decoder.apply({"params": params}, batch["tokens"], batch["positions"], batch["segments"])
+    hidden: Any = decoder.apply({"params": params}, batch["tokens"], batch["positions"], batch["segments"])
     return contract("BTD,VD->BTV", hidden, unembedding(params))
 
 
