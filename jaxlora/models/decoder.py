@@ -2,8 +2,8 @@
 
 `Decoder(spec).apply({"params": base, "lora": adapter}, tokens, positions, segments)` takes two plain nested dicts and
 returns hidden states. A projection whose path has leaves `a` and `b` in the "lora" collection adds `(x a) b` to its
-output; scale, rank and targets are nobody's business here. With a mutable "cache" collection the same call reads and
-writes keys and values of earlier tokens.
+output; scale, rank and targets are nobody's business here. With a "cache" collection the same call attends to
+keys and values of earlier tokens too, and leaves those of the new ones in "written".
 
 Layers are stacked on a leading axis and scanned, so compile time and program size do not grow with depth, and each
 is rematerialised by a named policy.
@@ -28,6 +28,11 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,  # keep each layer's input alone
 }
 
+CACHE_ORDER = {"k": ((0, 2, 1, 3), (0, 2, 1, 3), 2), "v": ((0, 2, 3, 1), (0, 3, 1, 2), 3)}
+"""How the cache holds keys, [B, K, S, h], and values, [B, K, h, S]: the axes of [B, S, K, h] there, the way back, and
+where S is. Both are then contracted over their last axis, so that no product transposes the cache (and XLA's CPU
+backend, which has no product of bfloat16 batches in another order, always has one)."""
+
 _kernel_init = nn.initializers.normal(0.02)
 
 
@@ -48,7 +53,8 @@ class Projection(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
             y = y + bias.astype(jnp.float32)[None, None, :]
         if self.has_variable("lora", "a"):
-            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            a: Any = self.get_variable("lora", "a")
+            b: Any = self.get_variable("lora", "b")
             if lora_dropout is not None:
                 x = _dropout(x, lora_dropout, self.make_rng("dropout"))
             y = y + contract("BTR,RO->BTO", contract("BTI,IR->BTR", x, a).astype(x.dtype), b)
@@ -98,10 +104,15 @@ class SelfAttention(nn.Module):
         return project("o_proj", spec.hidden_size, False, y.reshape(*y.shape[:2], -1))
 
     def _remember(self, name: str, new: Float[Array, "B T K h"], write_at) -> Float[Array, "B S K h"]:
-        """Writes new keys or values into the cache from index `write_at` on; returns the whole cache."""
-        cache = jax.lax.dynamic_update_slice_in_dim(self.get_variable("cache", name), new, write_at, axis=1)
-        self.put_variable("cache", name, cache)
-        return cache
+        """The cached keys or values with new ones from index `write_at` on; the new ones alone are handed out.
+
+        Handing out the whole cache would copy it, all layers, for every token.
+        """
+        order, back, time = CACHE_ORDER[name]
+        new = new.transpose(order)
+        self.put_variable("written", name, new)
+        cache = jax.lax.dynamic_update_slice_in_dim(self.get_variable("cache", name), new, write_at, axis=time)
+        return cache.transpose(back)
 
 
 class MLP(nn.Module):
@@ -172,8 +183,9 @@ class Decoder(nn.Module):
             positions: of each token within its own example, from 0.
             segments: example number within the row, from 1; 0 for padding.
             lora_dropout: probability that an adapter's input is zeroed (needs rngs={"dropout": key}); None for none.
-            write_at: with a mutable "cache" collection (`layers/self_attn/{k, v}`: [L, B, S, K, h]): the cache index
-                that the first of these tokens takes. The queries then attend to the whole cache.
+            write_at: with a "cache" collection (`layers/self_attn/k` [L, B, K, S, h] and `v` [L, B, K, h, S]) and a
+                mutable "written" one: the cache index that the first of these tokens takes. The queries then attend to
+                the whole cache with these tokens in it; "written" has their keys and values, T long instead of S.
             key_positions, key_segments: position and segment of every cache index (0 where nothing is written yet).
         """
         embedding = self.param(
@@ -192,9 +204,9 @@ class Decoder(nn.Module):
         )
         layers = nn.scan(
             block,
-            variable_axes={"params": 0, "lora": 0, "cache": 0},
+            variable_axes={"params": 0, "lora": 0, "cache": 0, "written": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast,) * 4,
+            in_axes=(nn.broadcast,) * 4,  # pyright: ignore[reportArgumentType]  (Flax's annotation forgets it)
             length=self.spec.num_layers,
         )(self.spec, self.dtype, self.activation_sharding, name="layers")
         x = jnp.take(embedding, tokens, axis=0)

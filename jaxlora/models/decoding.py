@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlora.core.compilation import compiler_options
 from jaxlora.core.products import contract
-from jaxlora.models.decoder import Decoder, unembedding
+from jaxlora.models.decoder import CACHE_ORDER, Decoder, unembedding
 from jaxlora.models.sampling import Sampling, choose
 from jaxlora.models.spec import DecoderSpec
 
@@ -35,7 +35,7 @@ _SMALLEST_CACHE = 256
 _VOCABULARY_PIECE = 4096
 
 Cache = dict[str, Any]
-"""layers/self_attn/{k, v}: [L, B, S, K, h]."""
+"""layers/self_attn: k [L, B, K, S, h] and v [L, B, K, h, S]."""
 
 
 class Answered(NamedTuple):
@@ -63,15 +63,25 @@ def new_cache(
     Args:
         spec: the decoder's. rows: B. capacity: S, positions it can hold.
         dtype: the base's.
-        sharding: placement of the [L, B, S, K, h] leaves; None leaves it to the compiler.
+        sharding: placement of its leaves; None leaves it to the compiler.
     """
-    shape = (spec.num_layers, rows, capacity, spec.num_kv_heads, spec.head_dim)
+    shape = np.array([rows, capacity, spec.num_kv_heads, spec.head_dim])
 
-    def zeros() -> Array:
-        array = jnp.zeros(shape, dtype)
+    def zeros(order: tuple[int, ...]) -> Array:
+        array = jnp.zeros((spec.num_layers, *shape[list(order)]), dtype)
         return array if sharding is None else jax.lax.with_sharding_constraint(array, sharding)
 
-    return {"layers": {"self_attn": {"k": zeros(), "v": zeros()}}}
+    return {"layers": {"self_attn": {name: zeros(order) for name, (order, _, _) in CACHE_ORDER.items()}}}
+
+
+def _write(cache: Cache, new: Cache, at: Int[Array, ""] | int) -> Cache:
+    """The cache with new keys and values of all layers from index `at` on; in place, where it is donated or carried."""
+    old, new = cache["layers"]["self_attn"], new["layers"]["self_attn"]
+    written = {
+        name: jax.lax.dynamic_update_slice_in_dim(old[name], new[name], at, axis=1 + time)
+        for name, (_, _, time) in CACHE_ORDER.items()
+    }
+    return {"layers": {"self_attn": written}}
 
 
 def advance(
@@ -95,7 +105,7 @@ def advance(
     Returns:
         Hidden states, and the cache with `tokens` in it.
     """
-    capacity = cache["layers"]["self_attn"]["k"].shape[2]
+    capacity = cache["layers"]["self_attn"]["k"].shape[3]
     positions = (write_at + jnp.arange(tokens.shape[1]))[None, :] - padding[:, None]
     key_positions = jnp.arange(capacity)[None, :] - padding[:, None]
     hidden, variables = decoder.apply(
@@ -106,9 +116,9 @@ def advance(
         write_at=jnp.asarray(write_at, jnp.int32),
         key_positions=key_positions,
         key_segments=(key_positions >= 0).astype(jnp.int32),
-        mutable=["cache"],
+        mutable=["written"],
     )
-    return hidden, variables["cache"]  # type: ignore[index]
+    return hidden, _write(cache, variables["written"], write_at)  # type: ignore[index]
 
 
 def _logits(params: Mapping[str, Any], hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
@@ -274,7 +284,7 @@ class Session:
     @property
     def capacity(self) -> int:
         """Positions that the cache has room for now."""
-        return self._cache["layers"]["self_attn"]["k"].shape[2]
+        return self._cache["layers"]["self_attn"]["k"].shape[3]
 
     def reserve(self, positions: int) -> bool:
         """Makes room for so many positions; what the cache holds stays.
@@ -368,14 +378,10 @@ def _stream_programs(decoder: Any, whole: jax.sharding.Sharding, cache_sharding:
     new = partial(new_cache, decoder.spec, 1, dtype=decoder.dtype)
     return (
         compiled(new, static_argnames="capacity", out_shardings=cache_sharding),
-        compiled(_copy_into, out_shardings=cache_sharding),
+        compiled(lambda old, larger: _write(larger, old, 0), out_shardings=cache_sharding),
         compiled(fill, donate_argnames="cache", out_shardings=cache_sharding),
         compiled(step, donate_argnames="cache", out_shardings=(whole, cache_sharding)),
     )
-
-
-def _copy_into(old: Cache, new: Cache) -> Cache:
-    return jax.tree.map(lambda o, n: jax.lax.dynamic_update_slice_in_dim(n, o, 0, axis=2), old, new)
 
 
 def _shared(held: Sequence[int], ids: Sequence[int]) -> int:

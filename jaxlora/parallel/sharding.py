@@ -101,10 +101,10 @@ def activation_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def cache_sharding(mesh: Mesh, num_kv_heads: int) -> NamedSharding:
-    """Keys and values of a generation [L, B, S, K, h]: rows as in the batch, heads as the kernels where they divide."""
+    """Keys and values of a generation [L, B, K, ...]: rows as in the batch, heads as the kernels where they divide."""
     tensor = LOGICAL["heads"]
     heads = tensor if tensor and num_kv_heads % mesh.shape[tensor] == 0 else None
-    return NamedSharding(mesh, PartitionSpec(None, ROWS, None, heads, None))
+    return NamedSharding(mesh, PartitionSpec(None, ROWS, heads))
 
 
 def row_devices(mesh: Mesh) -> int:

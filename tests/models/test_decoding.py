@@ -158,6 +158,30 @@ def test_a_session_equals_full_forwards_over_several_turns(spec):
         )
 
 
+@each_spec
+@pytest.mark.parametrize("rows", [1, 3])
+def test_bfloat16_is_as_near_to_float32_with_a_cache_as_without(spec, rows):
+    decoder, params, lora = make(spec)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    half = Decoder(spec, dtype=jnp.bfloat16)
+    tokens, padding = left_pad(prompts_of(spec, *range(20, 20 + rows)), length=24)
+    positions = np.arange(24)[None, :] - padding[:, None]
+    batch = tokens, np.maximum(positions, 0), (positions >= 0).astype(np.int32)
+    exact = jax.jit(decoder.apply)({"params": params, "lora": lora}, *batch)
+    without = jax.jit(half.apply)({"params": narrow, "lora": lora}, *batch)
+    cache = decoding.new_cache(spec, rows, 40, jnp.bfloat16)
+    advance = jax.jit(partial(decoding.advance, half))
+    pieces = []
+    for start, stop in ((0, 16), (16, 23), (23, 24)):
+        hidden, cache = advance(narrow, lora, cache, tokens[:, start:stop], padding, start)
+        pieces.append(hidden)
+
+    def error(found):
+        return np.sqrt(np.mean(np.square(np.asarray(found, np.float32) - exact)[positions >= 0]))
+
+    assert 0 < error(jnp.concatenate(pieces, axis=1)) < 1.25 * error(without)
+
+
 def test_a_session_computes_only_what_is_new(monkeypatch):
     model = make(QWEN2)
     session = Session(*model)
