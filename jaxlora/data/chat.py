@@ -8,6 +8,7 @@ tokenised with the parsing of special tokens switched off.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,10 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
+
+# Said at its import, and of no use to anyone here: that models are not available without PyTorch.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
