@@ -14,7 +14,10 @@ import pytest
 # All of this has to be set before jax, transformers or datasets are imported, and holds for child processes too.
 _CACHES = tempfile.mkdtemp(prefix="jaxlora-tests-")
 atexit.register(shutil.rmtree, _CACHES, ignore_errors=True)
+ROOT = Path(__file__).resolve().parent.parent
 os.environ |= {
+    # Scripts that a test starts find the package, installed or not.
+    "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     "JAX_PLATFORMS": "cpu",
     "JAX_NUMPY_RANK_PROMOTION": "raise",
     "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip(),
@@ -42,7 +45,6 @@ install_import_hook(
 hypothesis.settings.register_profile("jaxlora", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("jaxlora")
 
-ROOT = Path(__file__).resolve().parent.parent
 _REAL = Path(os.environ.get("JAXLORA_REAL", ROOT.parent / "shared" / "real"))
 
 
