@@ -111,7 +111,9 @@ class SelfAttention(nn.Module):
         order, back, time = CACHE_ORDER[name]
         new = new.transpose(order)
         self.put_variable("written", name, new)
-        cache = jax.lax.dynamic_update_slice_in_dim(self.get_variable("cache", name), new, write_at, axis=time)
+        cache = jax.lax.dynamic_update_slice_in_dim(
+            self.get_variable("cache", name), new, write_at, axis=time
+        )
         return cache.transpose(back)
 
 
