@@ -27,7 +27,9 @@ def digests(leaves: Sequence[jax.Array]) -> list[int]:
     Returns:
         One integer below 2^32 a leaf. Waits for the arrays to be computed.
     """
-    return [int(digest) for digest in jax.device_get([_digest(leaf) for leaf in leaves])]
+    # One at a time: XLA's CPU backend runs out of threads, and hangs, when dozens of programs that sum over several
+    # devices are under way at once. What it costs is a round trip for each leaf.
+    return [int(_digest(leaf)) for leaf in leaves]
 
 
 # One small program for each shape, of which a state has few, rather than one for the state, which has many leaves.
