@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jaxlora.config.load import CommandParser, add_config_argument, config_name, load_config, parse_arguments
 from jaxlora.config.schema import Config, to_dict
 from jaxlora.core import cli
+from jaxlora.core.errors import InputError
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help answers at once
     from jaxlora.config.build.inputs import Data, Model
@@ -87,6 +88,9 @@ def _fine_tune(
         data = inputs.data(config, inputs.encoder(model, config.data.train_on), progress.say, stage)
     total = inputs.total_steps(config, data.train)
     answers = wiring.answers(config, model, data, progress.say)
+    facts = wiring.facts(config, model, data)
+    if run:
+        _check_same_data(run, facts["data"])
     progress.total_steps = total
     with progress.stage("loading the base") as stage:
         base = inputs.base(model, stage)
@@ -117,7 +121,6 @@ def _fine_tune(
         _tell_plan(config, model, data, state, total, path, command, progress)
 
         # ---- train
-        facts = wiring.facts(config, model, data)
         recorder = Recorder(
             run, writers, checkpoints, standing, programs.lora_spec(config), model.files, facts, progress.say
         )
@@ -141,6 +144,22 @@ def _fine_tune(
         progress.say(f"{end.status.replace('_', ' ')}: {end.reason}")
         _tell_outcome(run, progress, command)
     return cli.EXIT_OK
+
+
+def _check_same_data(run: "RunDirectory", data: dict[str, Any]) -> None:
+    """A run goes on with the data it began with, or not at all.
+
+    Raises:
+        InputError: their fingerprints differ.
+    """
+    began = run.record.get("data", data)
+    changed = [name for name in data if data[name] != began.get(name)]
+    if changed:
+        names = " and ".join(f"data.{name}" for name in changed)
+        raise InputError(
+            f"{run.path} began with other data: {names} changed since.\nPut the old data back, or begin a new run "
+            "with another --workdir."
+        )
 
 
 @contextmanager

@@ -292,3 +292,11 @@ def test_a_refused_start_leaves_a_begun_run_as_it_was(refused, project, begun):
         refused("train.jsonl", "does not exist")
     finally:
         hidden.rename(project.folder / "train.jsonl")
+
+
+def test_data_that_changed_since_the_run_began(refused, project, begun):
+    """A resumed run must not see other data than it began with."""
+    old = {"fingerprint": "another", "examples": 60, "tokens": 1, "trained_tokens": 1}
+    with RunDirectory.open(begun, to_dict(load_config(str(project.config)))) as run:
+        run.update_record(data={"train": old, "eval": old})
+    refused(begun, "other data", "data.train and data.eval", "--workdir")
