@@ -58,9 +58,7 @@ def train(program: Program, state: TrainState, standing: Standing, events: Event
     """
     total, first = program.total_steps, int(state.step)
     unseen: collections.deque[tuple[int, Any]] = collections.deque()
-    clock: float | None = (
-        None  # when the step before was seen; None where that says nothing of the next one's time
-    )
+    clock: float | None = None  # when the step before was seen; None after anything but a step
 
     if first == 0:
         start = StepInfo(0, total, {}, state=state)

@@ -2,28 +2,24 @@
 
 import importlib.metadata
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxlora.config.build.inputs import Data, Model
 from jaxlora.config.build.programs import Programs, put_batch
 from jaxlora.config.schema import Config
 from jaxlora.runs.progress import Progress
+from jaxlora.training.answers import Answers
 from jaxlora.training.evaluate import Evaluator
 from jaxlora.training.events import EarlyStop, Evaluate, Guard, Log, Save
 from jaxlora.training.loop import Events
 from jaxlora.training.recording import Recorder
 from jaxlora.training.state import TrainState
 
-if TYPE_CHECKING:
-    from jaxlora.training.answers import Answers
 
-
-def answers(config: Config, model: Model, data: Data, say: Callable[[str], None]) -> "Answers | None":
+def answers(config: Config, model: Model, data: Data, say: Callable[[str], None]) -> Answers | None:
     """The held-out prompts to answer at each evaluation, or None when eval.generate is 0; says what is left out."""
     if not config.eval.generate:
         return None
-    from jaxlora.training.answers import Answers
-
     count = min(config.eval.generate, len(data.eval.examples))
     rows = data.eval.examples.source_rows[:count]
     answers = Answers(
@@ -91,7 +87,7 @@ def evaluator(
     data: Data,
     programs: Programs,
     base: Any,
-    answers: "Answers | None",
+    answers: Answers | None,
     progress: Progress,
 ) -> Callable[[TrainState], tuple[dict[str, float], dict[str, list[Any]], dict[str, list[Any]] | None]]:
     """state -> (metrics by name, per-example columns, answers' columns or None): all that an evaluation finds."""
