@@ -158,11 +158,11 @@ def _generate(arguments: Namespace) -> int:
         with progress.stage("loading the base") as stage:
             base = inputs.base(model, stage)
         with progress.stage("loading the adapter") if source.adapter else nullcontext():
-            scaled = generation.adapter(model, source.adapter) if source.adapter else {}
+            lora = generation.adapter(model, base, source.adapter) if source.adapter else {}
         progress.say(f"loaded {source.description}")
         # Scalars of one type, whatever was typed: another type would be another program.
         sampling = Sampling(*(jax.numpy.float32(x) for x in (arguments.temperature, arguments.top_p)))
-        session = generation.session(model, base, scaled)
+        session = generation.session(model, base, lora)
         answerer = Answerer(session, encoder, sampling, arguments.seed, arguments.max_new_tokens, progress)
         if arguments.prompt is not None:
             answerer.tell(answerer.answer(prompt))

@@ -14,6 +14,7 @@ from jaxlora.core.errors import InputError
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help answers at once
     from jaxlora.config.build.inputs import Data, Model
+    from jaxlora.lora.spec import LoraSpec
     from jaxlora.runs.directory import RunDirectory
     from jaxlora.runs.progress import Progress
     from jaxlora.training.state import TrainState
@@ -95,7 +96,7 @@ def _fine_tune(
     with progress.stage("loading the base") as stage:
         base = inputs.base(model, stage)
     with progress.stage("making the adapter"):
-        state = programs.first_state(config, model, total)
+        state = programs.first_state(config, model, total, base)
 
     run = run or RunDirectory.open(path, to_dict(config))
     with run, Checkpoints(run.checkpoints, config.checkpoint.keep) as checkpoints, Writers(run) as writers:
@@ -207,7 +208,7 @@ def _tell_plan(
     devices = model.mesh.devices
     mesh = ", ".join(f"{axis} {size}" for axis, size in model.mesh.shape.items())
     stop = config.stop.patience
-    targets = programs.lora_spec(config).targets
+    spec = programs.lora_spec(config)
     rows = [
         ("run folder", path),
         (
@@ -216,8 +217,7 @@ def _tell_plan(
         ),
         (
             "adapter",
-            f"rank {config.lora.rank} on {', '.join(targets)}, scale "
-            f"{float(state.settings.lora_scale):g}: {trained:,} trainable parameters ({trained / frozen:.2%})",
+            f"{_adapter(spec)}: {trained:,} trainable parameters ({trained / frozen:.2%})",
         ),
         ("devices", f"{devices.size} x {devices.flat[0].device_kind} (mesh: {mesh})"),
         (
@@ -243,6 +243,20 @@ def _tell_plan(
         ("to go on", f"{command} (should it be interrupted)"),
     ]
     progress.table("what will be done", rows)
+
+
+def _adapter(spec: "LoraSpec") -> str:
+    """ "rank 16 on q_proj, v_proj, scale 2", by module where they differ."""
+    named = ", ".join(
+        f"{name} (rank {rank}, scale {spec.scales[name]:.3g})" if spec.rank_pattern else name
+        for name, rank in spec.ranks.items()
+    )
+    kind = "DoRA of " if spec.use_dora else ""
+    return (
+        f"{kind}rank by module: {named}"
+        if spec.rank_pattern
+        else f"{kind}rank {spec.rank} on {named}, scale {spec.scale:g}"
+    )
 
 
 def _tell_outcome(run: "RunDirectory", progress: "Progress", command: str) -> None:

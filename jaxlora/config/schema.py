@@ -7,6 +7,7 @@ person writes: `Config.optim.learning_rate` is `--config.optim.learning_rate`.
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,14 @@ _OPTIONAL_SOURCES = Allowed(
     "a hub id or a path, or a tuple of them, or '' to hold out a part of data.train",
     lambda value: value in ("", ()) or keys.filled(value),
 )
+
+
+def _known_init(value: str) -> bool:
+    return re.fullmatch(r"kaiming|pissa(_niter_\d+)?", value) is not None
+
+
+def _assignments(value: tuple[str, ...]) -> bool:
+    return all(re.fullmatch(r"[^=]+=[^=]+", entry) for entry in value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +59,23 @@ class LoraConfig(Section):
     scaling: str = setting(
         "alpha/r", "the scale: alpha / rank, or alpha / sqrt(rank)", keys.one_of("alpha/r", "rslora")
     )
-    init_from: str = setting("", "PEFT adapter folder to start from; '' starts from B = 0", keys.TEXT)
+    use_dora: bool = setting(False, "DoRA: a trained magnitude for every output, beside A and B", keys.SWITCH)
+    init: str = setting(
+        "kaiming",
+        "how A and B start: random and 0, or PiSSA's singular vectors, whole or by N rounds of iteration",
+        Allowed("'kaiming', 'pissa' or 'pissa_niter_N' (such as 'pissa_niter_16')", _known_init),
+    )
+    init_from: str = setting("", "PEFT adapter folder to start from; '' starts by lora.init", keys.TEXT)
+    rank_pattern: tuple[str, ...] = setting(
+        (),
+        "other ranks by module, the first match counts: ('q_proj=64', 'mlp.*=8')",
+        Allowed("a tuple of 'PATTERN=RANK', such as ('q_proj=64', 'mlp.*=8')", _assignments),
+    )
+    dropout_pattern: tuple[str, ...] = setting(
+        (),
+        "likewise other dropouts: ('down_proj=0.1',)",
+        Allowed("a tuple of 'PATTERN=DROPOUT', such as ('down_proj=0.1',)", _assignments),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +111,9 @@ class OptimConfig(Section):
     eps: float = setting(1e-8, "Adam's term under the fraction", keys.POSITIVE)
     clip_norm: float = setting(
         1.0, "largest global norm of a step's gradient; 0 is no clipping", keys.NOT_NEGATIVE
+    )
+    loraplus_lr_ratio: float = setting(
+        1.0, "LoRA+: B's learning rate over A's (DoRA's magnitudes go with B)", keys.POSITIVE
     )
     label_smoothing: float = setting(
         0.0, "probability spread over the whole vocabulary in the objective, never in nll", keys.BELOW_ONE

@@ -25,7 +25,10 @@ from jaxlora.models.weights import param_shapes
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 _PREFIX = "base_model.model.model."  # PeftModel, the model for causal language modelling, the decoder in it
-_TENSOR = re.compile(re.escape(_PREFIX) + r"layers\.(\d+)\.(\w+)\.(\w+)\.lora_([AB])\.weight")
+_SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
+_TENSOR = re.compile(
+    re.escape(_PREFIX) + rf"layers\.\d+\.\w+\.(\w+)\.({'|'.join(map(re.escape, _SUFFIXES.values()))})"
+)
 
 # Settings that say nothing about what is computed from the tensors. Any other one that is set is refused: PEFT gains
 # new variants often, and an adapter that is taken for something else scores wrongly without a word.
@@ -33,13 +36,12 @@ _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
     "fan_in_fan_out", "inference_mode", "layers_pattern", "loftq_config", "lora_alpha", "lora_dropout",
     "lora_ga_config", "megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
-    "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+    "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
 _REASONS = {
-    "use_dora": "DoRA's magnitudes are not supported",
     "modules_to_save": "fully trained modules beside the adapter are not supported",
-    "rank_pattern": "one rank for all modules is supported",
-    "alpha_pattern": "one alpha for all modules is supported",
+    "rank_pattern": "only adapters with one rank for all modules are read; fill the others up with zeros",
+    "alpha_pattern": "only adapters with one alpha for all modules are read; multiply what differs into lora_B",
     "layers_to_transform": "only adapters on all layers are supported",
     "trainable_token_indices": "adapters on the embeddings are not supported",
 }
@@ -58,15 +60,17 @@ def save_peft(
 
     Args:
         folder: created with its parents.
-        adapter: unscaled float32 pairs a [L, in, R], b [L, R, out] by path.
-        spec: its constants.
+        adapter: unscaled float32 pairs a [L, in, R], b [L, R, out] by path, with DoRA magnitudes m [L, out].
+        spec: its constants, with one rank (see `variants.ordinary`).
         base_name, base_revision: the base that it belongs to: hub id or folder, and commit.
     """
     tensors = {}
     for path, leaf in leaves(adapter):
         stacked = np.asarray(jax.device_get(leaf), np.float32)
         for layer, matrix in enumerate(stacked):
-            tensors[_tensor_name(path, layer)] = np.ascontiguousarray(matrix.T)
+            tensors[_tensor_name(path, layer)] = np.ascontiguousarray(
+                matrix.T
+            )  # a vector is its own transpose
     config = {
         "alpha_pattern": {},
         "auto_mapping": None,
@@ -87,7 +91,7 @@ def save_peft(
         "revision": base_revision or None,
         "target_modules": sorted(spec.targets),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": spec.use_dora,
         "use_rslora": spec.scaling == "rslora",
     }
     _replace(
@@ -121,7 +125,8 @@ def load_peft(folder: str | Path, decoder_spec: DecoderSpec) -> tuple[dict[str, 
         folder: written by `save_peft` or by PEFT.
         decoder_spec: of the base that the adapter is to sit on.
     Returns:
-        (adapter, spec): unscaled float32 NumPy pairs a [L, in, R], b [L, R, out] by path, and their constants.
+        (adapter, spec): unscaled float32 NumPy pairs a [L, in, R], b [L, R, out] by path, with DoRA magnitudes
+            m [L, out], and their constants.
     Raises:
         InputError: not an adapter, a variant of LoRA that is not supported, or tensors that do not fit the base.
     """
@@ -129,13 +134,13 @@ def load_peft(folder: str | Path, decoder_spec: DecoderSpec) -> tuple[dict[str, 
     config = read_config(folder)
     _refuse_variants(folder, config)
     tensors = _read_tensors(folder)
-    strange = sorted(name for name in tensors if not _is_pair(name))
+    strange = sorted(name for name in tensors if not _is_part(name, bool(config.get("use_dora"))))
     if strange:
         raise InputError(
             f"the adapter in {folder} has tensors that are not LoRA pairs of the projections {', '.join(TARGETS)}: "
             f"{listed(strange)}. Embeddings, heads and other modules are not supported."
         )
-    targets = {name.split(".")[-3] for name in tensors}
+    targets = {match[1] for match in map(_TENSOR.fullmatch, tensors) if match}
     named = config.get("target_modules")
     if isinstance(named, list):
         targets |= {str(name).split(".")[-1] for name in named}
@@ -149,6 +154,7 @@ def load_peft(folder: str | Path, decoder_spec: DecoderSpec) -> tuple[dict[str, 
             dropout=config["lora_dropout"],
             targets=tuple(sorted(targets)),
             scaling="rslora" if config.get("use_rslora") else "alpha/r",
+            use_dora=bool(config.get("use_dora")),
         )
     except InputError as error:
         raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
@@ -164,15 +170,15 @@ def load_peft(folder: str | Path, decoder_spec: DecoderSpec) -> tuple[dict[str, 
 def _tensor_name(path: TreePath, layer: int) -> str:
     """layers/self_attn/q_proj/a of layer 3 -> base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"""
     stack, *module, leaf = path
-    return f"{_PREFIX}{stack}.{layer}.{'.'.join(module)}.lora_{leaf.upper()}.weight"
+    return f"{_PREFIX}{stack}.{layer}.{'.'.join(module)}.{_SUFFIXES[leaf]}"
 
 
-def _is_pair(name: str) -> bool:
+def _is_part(name: str, use_dora: bool) -> bool:
     match = _TENSOR.fullmatch(name)
-    return match is not None and match[3] in TARGETS
+    return match is not None and match[1] in TARGETS and (use_dora or match[2] != _SUFFIXES["m"])
 
 
-def _shapes(decoder_spec: DecoderSpec, spec: LoraSpec) -> dict[TreePath, tuple[int, int, int]]:
+def _shapes(decoder_spec: DecoderSpec, spec: LoraSpec) -> dict[TreePath, tuple[int, ...]]:
     """The shape of every leaf of an adapter, by path."""
     shapes = {}
     for path, shape in param_shapes(decoder_spec).items():
@@ -180,6 +186,8 @@ def _shapes(decoder_spec: DecoderSpec, spec: LoraSpec) -> dict[TreePath, tuple[i
             layers, fan_in, fan_out = shape
             shapes[(*path[:-1], "a")] = (layers, fan_in, spec.rank)
             shapes[(*path[:-1], "b")] = (layers, spec.rank, fan_out)
+            if spec.use_dora:
+                shapes[(*path[:-1], "m")] = (layers, fan_out)
     return shapes
 
 
@@ -221,14 +229,12 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
 def _check_tensors(
     folder: Path,
     tensors: Mapping[str, np.ndarray],
-    shapes: Mapping[TreePath, tuple[int, int, int]],
+    shapes: Mapping[TreePath, tuple[int, ...]],
     decoder_spec: DecoderSpec,
 ) -> None:
     """Refuses an adapter whose tensors are not exactly those that the base and the adapter's config ask for."""
     expected = {
-        _tensor_name(path, layer): (second, first)
-        for path, (layers, first, second) in shapes.items()
-        for layer in range(layers)
+        _tensor_name(path, layer): shape[:0:-1] for path, shape in shapes.items() for layer in range(shape[0])
     }
     wrong = [
         f"{name.removeprefix(_PREFIX)} is {list(tensors[name].shape)} instead of {list(shape)}"

@@ -1,10 +1,10 @@
 """The adapter as a tree of its own: made, scaled, merged. Knows paths and shapes, not models.
 
 An adapter has, for each adapted kernel `.../NAME/kernel` [L, in, out] of the base, the leaves `.../NAME/a` [L, in, R]
-and `.../NAME/b` [L, R, out], float32.
+and `.../NAME/b` [L, R, out], float32. DoRA adds magnitudes (see `variants`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -13,8 +13,11 @@ import jax.numpy as jnp
 from jaxlora.core.prng import named
 from jaxlora.core.tree import Path, leaves, map_leaves, unflatten
 
+Factor = Mapping[str, jax.Array | float] | jax.Array | float
+"""What an adapter's products are multiplied by: one number, or one for each target by its name."""
 
-def adapted_kernels(base: Mapping[str, Any], targets: Sequence[str]) -> dict[Path, Any]:
+
+def adapted_kernels(base: Mapping[str, Any], targets: Collection[str]) -> dict[Path, Any]:
     """The base's kernels that get an adapter, by the path of their module.
 
     Args:
@@ -26,17 +29,17 @@ def adapted_kernels(base: Mapping[str, Any], targets: Sequence[str]) -> dict[Pat
     return {path[:-1]: leaf for path, leaf in leaves(base) if path[-1] == "kernel" and path[-2] in targets}
 
 
-def adapter_shapes(base: Mapping[str, Any], targets: Sequence[str], rank: int) -> dict[str, Any]:
-    """The adapter's tree of `jax.ShapeDtypeStruct`s for a base, the targets and a rank."""
+def adapter_shapes(base: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The adapter's tree of `jax.ShapeDtypeStruct`s for a base and the rank of each target."""
     shapes = {}
-    for path, kernel in adapted_kernels(base, targets).items():
+    for path, kernel in adapted_kernels(base, ranks.keys()).items():
         layers, fan_in, fan_out = kernel.shape
-        shapes[(*path, "a")] = jax.ShapeDtypeStruct((layers, fan_in, rank), jnp.float32)
-        shapes[(*path, "b")] = jax.ShapeDtypeStruct((layers, rank, fan_out), jnp.float32)
+        shapes[(*path, "a")] = jax.ShapeDtypeStruct((layers, fan_in, ranks[path[-1]]), jnp.float32)
+        shapes[(*path, "b")] = jax.ShapeDtypeStruct((layers, ranks[path[-1]], fan_out), jnp.float32)
     return unflatten(shapes)
 
 
-def init(key: jax.Array, base: Mapping[str, Any], targets: Sequence[str], rank: int) -> dict[str, Any]:
+def init(key: jax.Array, base: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
     """A new adapter that changes nothing yet: a random, b zero.
 
     a ~ U(-bound, bound) with bound = sqrt(6 / ((1 + 5) fan_in)) = 1 / sqrt(fan_in): PEFT's Kaiming-uniform with
@@ -46,8 +49,7 @@ def init(key: jax.Array, base: Mapping[str, Any], targets: Sequence[str], rank: 
     Args:
         key: random key.
         base: parameters (their shapes are read, not their values).
-        targets: names of the projections to adapt.
-        rank: R.
+        ranks: R of each projection to adapt, by name.
     Returns:
         float32 tree of a [L, in, R], b [L, R, out].
     Source: Hu et al. 2021, section 4.1; He et al. 2015, equation 10.
@@ -59,32 +61,47 @@ def init(key: jax.Array, base: Mapping[str, Any], targets: Sequence[str], rank: 
         bound = shape.shape[1] ** -0.5
         return jax.random.uniform(named(key, *path), shape.shape, shape.dtype, -bound, bound)
 
-    return map_leaves(leaf, adapter_shapes(base, targets, rank))
+    return map_leaves(leaf, adapter_shapes(base, ranks))
 
 
-def scale(adapter: Mapping[str, Any], factor: jax.Array | float) -> dict[str, Any]:
-    """The adapter whose products are `factor` times as large: every b times the factor (alpha/r or alpha/sqrt r)."""
-    return map_leaves(lambda path, x: x * factor if path[-1] == "b" else x, adapter)
+def scale(adapter: Mapping[str, Any], factor: Factor) -> dict[str, Any]:
+    """The adapter whose products are `factor` times as large: every b times it (alpha/r or alpha/sqrt r)."""
+
+    def leaf(path: Path, x: Any) -> Any:
+        if path[-1] != "b":
+            return x
+        return x * (factor[path[-2]] if isinstance(factor, Mapping) else factor)
+
+    return map_leaves(leaf, adapter)
+
+
+def modules(adapter: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
+    """The adapter's leaves by the path of their module: {path: {"a": ..., "b": ..., ...}}."""
+    found: dict[Path, dict[str, Any]] = {}
+    for path, leaf in leaves(adapter):
+        found.setdefault(path[:-1], {})[path[-1]] = leaf
+    return found
 
 
 def merge(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """The base with a scaled adapter folded in: W + a b, summed in float32, in W's dtype.
+    """The base with an adapter folded in: g (W + a b), in float32, in W's dtype; g is 1 but for DoRA.
 
     Args:
         base: parameters.
-        adapter: already scaled (see `scale`).
+        adapter: as the decoder takes it (see `variants.applied`): scaled, with DoRA's gains.
     Returns:
         A tree like the base; leaves without an adapter are the same arrays.
     """
-    pairs: dict[Path, dict[str, jax.Array]] = {}
-    for path, leaf in leaves(adapter):
-        pairs.setdefault(path[:-1], {})[path[-1]] = leaf
+    adapted = modules(adapter)
 
     def merged(path: Path, leaf: jax.Array) -> jax.Array:
-        if path[-1] != "kernel" or path[:-1] not in pairs:
+        if path[-1] != "kernel" or path[:-1] not in adapted:
             return leaf
-        pair = pairs[path[:-1]]
-        update = jnp.einsum("LIR,LRO->LIO", pair["a"], pair["b"], precision=jax.lax.Precision.HIGHEST)
-        return (leaf.astype(jnp.float32) + update).astype(leaf.dtype)
+        parts = adapted[path[:-1]]
+        update = jnp.einsum("LIR,LRO->LIO", parts["a"], parts["b"], precision=jax.lax.Precision.HIGHEST)
+        kernel = leaf.astype(jnp.float32) + update
+        if "gain" in parts:
+            kernel = kernel * parts["gain"][:, None, :]
+        return kernel.astype(leaf.dtype)
 
     return map_leaves(merged, base)

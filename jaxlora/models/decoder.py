@@ -2,8 +2,9 @@
 
 `Decoder(spec).apply({"params": base, "lora": adapter}, tokens, positions, segments)` takes two plain nested dicts and
 returns hidden states. A projection whose path has leaves `a` and `b` in the "lora" collection adds `(x a) b` to its
-output; scale, rank and targets are nobody's business here. With a "cache" collection the same call attends to
-keys and values of earlier tokens too, and leaves those of the new ones in "written".
+product, and multiplies by `gain` where there is one; scale, rank and targets are nobody's business here. With a
+"cache" collection the same call attends to keys and values of earlier tokens too, and leaves those of the new ones in
+"written".
 
 Layers are stacked on a leading axis and scanned, so compile time and program size do not grow with depth, and each
 is rematerialised by a named policy.
@@ -33,31 +34,35 @@ CACHE_ORDER = {"k": ((0, 2, 1, 3), (0, 2, 1, 3), 2), "v": ((0, 2, 3, 1), (0, 3, 
 where S is. Both are then contracted over their last axis, so that no product transposes the cache (and XLA's CPU
 backend, which has no product of bfloat16 batches in another order, always has one)."""
 
+Dropout = Mapping[str, Float[Array, ""] | float]
+"""By the name of a projection: the probability that an input element of its adapter is zeroed."""
+
 _kernel_init = nn.initializers.normal(0.02)
 
 
 class Projection(nn.Module):
-    """y = x W (+ bias) (+ (dropout(x) a) b), summed in float32, returned in the base's dtype."""
+    """y = (x W (+ (dropout(x) a) b)) (* gain) (+ bias), summed in float32, returned in the base's dtype."""
 
     features: int
     use_bias: bool
     dtype: Any
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T I"], lora_dropout: Float[Array, ""] | float | None
-    ) -> Float[Array, "B T O"]:
+    def __call__(self, x: Float[Array, "B T I"], lora_dropout: Dropout | None) -> Float[Array, "B T O"]:
         kernel = self.param("kernel", _kernel_init, (x.shape[-1], self.features), self.dtype)
         y = contract("BTI,IO->BTO", x, kernel)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
-            y = y + bias.astype(jnp.float32)[None, None, :]
         if self.has_variable("lora", "a"):
             a: Any = self.get_variable("lora", "a")
             b: Any = self.get_variable("lora", "b")
             if lora_dropout is not None:
-                x = _dropout(x, lora_dropout, self.make_rng("dropout"))
+                x = _dropout(x, lora_dropout[str(self.name)], self.make_rng("dropout"))
             y = y + contract("BTR,RO->BTO", contract("BTI,IR->BTR", x, a).astype(x.dtype), b)
+            if self.has_variable("lora", "gain"):
+                gain: Any = self.get_variable("lora", "gain")
+                y = y * gain[None, None, :]
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
+            y = y + bias.astype(jnp.float32)[None, None, :]
         return checkpoint_name(y.astype(self.dtype), "projection")
 
 
@@ -173,7 +178,7 @@ class Decoder(nn.Module):
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"],
         *,
-        lora_dropout: Float[Array, ""] | float | None = None,
+        lora_dropout: Dropout | None = None,
         write_at: Int[Array, ""] | None = None,
         key_positions: Int[Array, "B S"] | None = None,
         key_segments: Int[Array, "B S"] | None = None,
@@ -184,7 +189,7 @@ class Decoder(nn.Module):
             tokens: ids.
             positions: of each token within its own example, from 0.
             segments: example number within the row, from 1; 0 for padding.
-            lora_dropout: probability that an adapter's input is zeroed (needs rngs={"dropout": key}); None for none.
+            lora_dropout: for each adapted projection (needs rngs={"dropout": key}); None for none.
             write_at: with a "cache" collection (`layers/self_attn/k` [L, B, K, S, h] and `v` [L, B, K, h, S]) and a
                 mutable "written" one: the cache index that the first of these tokens takes. The queries then attend to
                 the whole cache with these tokens in it; "written" has their keys and values, T long instead of S.

@@ -36,7 +36,7 @@ def partition(path: Path) -> PartitionSpec:
     """The partition of a leaf of the base or the adapter, from its path alone.
 
     Kernels and embeddings follow `PARAMETERS`; a bias follows its kernel's output, an adapter's `a` its kernel's input
-    and its `b` the kernel's output; norms are whole everywhere.
+    and its `b`, magnitudes and gains the kernel's output; norms are whole everywhere.
     """
     module, leaf = path[-2], path[-1]
     if module not in PARAMETERS:
@@ -48,6 +48,8 @@ def partition(path: Path) -> PartitionSpec:
         "bias": (None, second),
         "a": (None, first, None),
         "b": (None, None, second),
+        "m": (None, second),
+        "gain": (None, second),
     }
     return PartitionSpec(*axes[leaf])
 

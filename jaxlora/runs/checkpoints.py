@@ -52,14 +52,16 @@ class Checkpoints:
     Args:
         folder: where they are kept, one subfolder a step.
         keep: how many of the newest stay. The newest one saved as best stays besides.
+        read_only: whether nothing in the folder is changed, for a look at a run that may be alive: a damaged checkpoint
+            stays where it is.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2):
+    def __init__(self, folder: str | Path, keep: int = 2, read_only: bool = False):
         if keep < 1:
             raise ValueError(f"keep is {keep}; at least one checkpoint must stay")
         self.folder = Path(folder).absolute()
         self.skipped: list[str] = []
-        self._keep = keep
+        self._keep, self._read_only = keep, read_only
         self._manager: Any = None
         self._best: int | None = None
         self._previous_best: int | None = None
@@ -142,7 +144,8 @@ class Checkpoints:
             self.skipped.append(
                 f"checkpoint {self.folder / str(candidate)} is damaged ({reason}): passed over"
             )
-            self._set_aside(candidate, _DAMAGED)
+            if not self._read_only:
+                self._set_aside(candidate, _DAMAGED)
             _sweep()
         return None
 
@@ -204,12 +207,14 @@ class Checkpoints:
             import orbax.checkpoint as ocp
             from orbax.checkpoint import checkpoint_managers
 
-            self._put_back()
+            if not self._read_only:
+                self._put_back()
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=_newest_and_best(checkpoint_managers, self._keep, lambda: self._best),
-                    cleanup_tmp_directories=True,
+                    cleanup_tmp_directories=not self._read_only,
+                    read_only=self._read_only,
                     save_root_metadata=False,
                     # Otherwise a folder that cannot be made is waited for, minutes long, by whatever would fill it.
                     async_options=ocp.AsyncOptions(create_directories_asynchronously=False),

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -13,9 +12,8 @@ from jaxlora.core.compilation import compiler_options
 from jaxlora.core.errors import InputError
 from jaxlora.data.chat import ChatEncoder
 from jaxlora.data.sources import Conversation
-from jaxlora.lora import tree as lora
 from jaxlora.models.decoder import Decoder
-from jaxlora.models.decoding import Answered, Sampling, answer_batch, bucket, left_pad
+from jaxlora.models.decoding import Sampling, answer_batch, bucket, left_pad
 from jaxlora.parallel.sharding import batch_sharding, cache_sharding
 
 
@@ -97,28 +95,22 @@ class Answers:
             max_new_tokens=max_new_tokens,
             cache_sharding=cache_sharding(mesh, decoder.spec.num_kv_heads),
         )
-
-        def scaled(adapter: Any, lora_scale: Any, base: Any, *batch: Any) -> Answered:
-            return answer(base, lora.scale(adapter, lora_scale), *batch)
-
         platform = mesh.devices.flat[0].platform
-        self._program = jax.jit(scaled, compiler_options=compiler_options(platform))
+        self._program = jax.jit(answer, compiler_options=compiler_options(platform))
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def answer(
         self,
-        adapter: Mapping[str, Any],
-        lora_scale: Any,
+        lora: Mapping[str, Any],
         base: Mapping[str, Any],
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Answer]:
         """Answers all prompts.
 
         Args:
-            adapter: unscaled a and b.
-            lora_scale: what their product is multiplied by.
+            lora: the adapter as the decoder reads it.
             base: frozen parameters.
             progress: called with (answered, all).
         Returns:
@@ -127,7 +119,6 @@ class Answers:
         found: dict[int, Answer] = {}
         rows = batch_sharding(self._mesh, micro_batches=False)
         whole = NamedSharding(self._mesh, PartitionSpec())
-        # jnp.float32: a Python number would be another type of argument, and so another program.
         rest = jax.device_put(
             (self._stop_ids, Sampling(np.float32(0), np.float32(1)), jax.random.key(0)), whole
         )
@@ -136,9 +127,7 @@ class Answers:
             tokens, padding = left_pad([self._ids[i] for i in members], self._rows, self._length)
             numbers = np.resize(members, self._rows).astype(np.int32)
             batch = jax.device_put((tokens, padding), rows)
-            answered = self._program(
-                adapter, jnp.float32(lora_scale), base, *batch, *rest, jax.device_put(numbers, rows)
-            )
+            answered = self._program(base, lora, *batch, *rest, jax.device_put(numbers, rows))
             ids, lengths, ended = jax.device_get(answered)
             for i, row, length, end in zip(members, ids, lengths, ended, strict=False):
                 text = str(self._tokenizer.decode(row[:length].tolist(), skip_special_tokens=True))

@@ -29,7 +29,7 @@ class Evaluator:
     and batches. Memory is one batch's, whatever the number of examples.
 
     Args:
-        step: compiled `evaluate(adapter, lora_scale, base, batch) -> TokenLosses`.
+        step: compiled `evaluate(lora, base, batch) -> TokenLosses`.
         data: the batches.
         put: places a host batch on the devices.
         metrics: names of `METRICS`.
@@ -45,13 +45,12 @@ class Evaluator:
         self._step, self._data, self._put, self._metrics = step, data, put, tuple(metrics)
 
     def __call__(
-        self, adapter: Any, lora_scale: Any, base: Any, progress: Callable[[int, int], None] | None = None
+        self, lora: Any, base: Any, progress: Callable[[int, int], None] | None = None
     ) -> Evaluation:
         """Evaluates one adapter.
 
         Args:
-            adapter: unscaled a and b.
-            lora_scale: what their product is multiplied by.
+            lora: the adapter as the decoder reads it; {} for the bare base.
             base: frozen parameters.
             progress: called with (batches done, batches).
         """
@@ -60,7 +59,7 @@ class Evaluator:
         waiting: list[tuple[Any, np.ndarray, np.ndarray]] = []
         for index in range(self._data.num_batches):
             batch = self._data.batch(index)
-            losses = self._step(adapter, lora_scale, base, self._put(batch))
+            losses = self._step(lora, base, self._put(batch))
             rows = np.arange(len(batch["segments"]))[:, None]
             waiting.append((losses, batch["weights"], self._data.example_ids(index)[rows, batch["segments"]]))
             # One batch stays under way on the device while the one before is summed here.

@@ -4,7 +4,7 @@ The settings are a pytree of scalars, so that one compiled step serves every lea
 can be trained with a different set each.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ class OptimizerSettings(NamedTuple):
         weight_decay: decoupled; each step multiplies a parameter by (1 - rate * weight_decay).
         b1, b2, eps: Adam's.
         clip_norm: largest global gradient norm; infinity for no clipping.
+        loraplus_lr_ratio: LoRA+'s ratio of b's learning rate to a's.
     """
 
     learning_rate: Scalar
@@ -35,6 +36,7 @@ class OptimizerSettings(NamedTuple):
     b2: Scalar
     eps: Scalar
     clip_norm: Scalar
+    loraplus_lr_ratio: Scalar = 1.0
 
 
 def learning_rate(settings: OptimizerSettings, updates: Scalar) -> jax.Array:
@@ -84,11 +86,16 @@ def optimizer(settings: OptimizerSettings, rate: Scalar) -> optax.GradientTransf
         settings: the optimiser's numbers.
         rate: this step's learning rate (see `learning_rate`): an argument rather than a counter of its own, so that
             a skipped update leaves the schedule in step with the run.
-    Source: Loshchilov and Hutter 2019, algorithm 2; Pascanu et al. 2013 (clipping).
+    Source: Loshchilov and Hutter 2019, algorithm 2; Pascanu et al. 2013 (clipping); Hayou et al. 2024 (LoRA+).
     """
+
+    def descend(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        with_b = getattr(path[-1], "key", "") in ("b", "m")  # as PEFT does, which counts DoRA's m to B
+        return (-rate * settings.loraplus_lr_ratio if with_b else -rate) * update
+
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
         optax.scale_by_adam(b1=settings.b1, b2=settings.b2, eps=settings.eps),
         optax.add_decayed_weights(settings.weight_decay),
-        optax.scale(-rate),
+        optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(descend, updates)),
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxlora.lora.peft import save_peft
 from jaxlora.lora.spec import LoraSpec
+from jaxlora.lora.variants import ordinary
 from jaxlora.models.weights import ModelFiles
 from jaxlora.runs.checkpoints import Checkpoints
 from jaxlora.runs.directory import RunDirectory
@@ -94,7 +95,9 @@ class Recorder:
 
     def _adapter(self, folder: Any, state: TrainState) -> None:
         try:
-            save_peft(folder, state.adapter, self.spec, self.base.name, self.base.revision)
+            save_peft(
+                folder, *ordinary(state.adapter, self.spec, state.anchor), self.base.name, self.base.revision
+            )
         except OSError as error:  # a full disk must not end the run; the next save tries again
             self.say(
                 f"{folder} could not be written ({error.strerror or error}); what was there before stays"

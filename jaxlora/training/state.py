@@ -1,5 +1,6 @@
 """What changes while training: the adapter, the optimiser's moments, the step. Never the base."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,14 +15,14 @@ class Settings(NamedTuple):
     Attributes:
         optimizer: see `OptimizerSettings`.
         label_smoothing: s of the objective, in [0, 1).
-        lora_scale: alpha/r or alpha/sqrt(r).
-        lora_dropout: probability that an adapter's input element is zeroed in training.
+        lora_scale: alpha/r or alpha/sqrt(r) of each target, by its name.
+        lora_dropout: probability that an input element of each target's adapter is zeroed in training.
     """
 
     optimizer: OptimizerSettings
     label_smoothing: Scalar
-    lora_scale: Scalar
-    lora_dropout: Scalar
+    lora_scale: Mapping[str, Scalar]
+    lora_dropout: Mapping[str, Scalar]
 
 
 class TrainState(NamedTuple):
@@ -29,7 +30,8 @@ class TrainState(NamedTuple):
 
     Attributes:
         step: int32, optimiser steps made.
-        adapter: unscaled a and b, float32.
+        adapter: unscaled a and b, with DoRA m; float32.
+        anchor: what is taken off the adapter's products: PiSSA's start, {} for other adapters. Never changed.
         moments: the optimiser's state.
         key: uint32, the data of the run's random key; what a step draws is derived from it by name and step.
         settings: float32 scalars.
@@ -37,13 +39,18 @@ class TrainState(NamedTuple):
 
     step: jax.Array
     adapter: dict[str, Any]
+    anchor: dict[str, Any]
     moments: Any
     key: jax.Array
     settings: Settings
 
 
-def new_state(adapter: dict[str, Any], key: jax.Array, settings: Settings) -> TrainState:
+def new_state(
+    adapter: dict[str, Any], key: jax.Array, settings: Settings, anchor: dict[str, Any] | None = None
+) -> TrainState:
     """The state before the first step, from an adapter, a random key and the run's numbers."""
     settings = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), settings)
     moments = optimizer(settings.optimizer, 0.0).init(adapter)
-    return TrainState(jnp.zeros((), jnp.int32), adapter, moments, jax.random.key_data(key), settings)
+    return TrainState(
+        jnp.zeros((), jnp.int32), adapter, anchor or {}, moments, jax.random.key_data(key), settings
+    )

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxlora.core.prng import named
-from jaxlora.lora import tree as lora
+from jaxlora.lora import variants
 from jaxlora.models.decoder import Decoder, unembedding
 from jaxlora.training.losses import TokenLosses, cross_entropy
 from jaxlora.training.optimizer import learning_rate, optimizer
@@ -53,10 +53,10 @@ def make_train_step(decoder: Decoder, dropout: bool = False) -> Callable[..., tu
             program.
     """
 
-    def objective(adapter, base, settings, key, rows: Batch):
-        scaled = lora.scale(adapter, settings.lora_scale)
+    def objective(adapter, base, anchor, norms, settings, key, rows: Batch):
+        lora = variants.applied(adapter, settings.lora_scale, anchor, norms)
         hidden: Any = decoder.apply(
-            {"params": base, "lora": scaled},
+            {"params": base, "lora": lora},
             rows["tokens"],
             rows["positions"],
             rows["segments"],
@@ -71,11 +71,12 @@ def make_train_step(decoder: Decoder, dropout: bool = False) -> Callable[..., tu
     def step(state: TrainState, base: Mapping[str, Any], batch: Batch) -> tuple[TrainState, StepSums]:
         settings = state.settings
         key = named(jax.random.wrap_key_data(state.key), "dropout", state.step)
+        norms = variants.column_norms(base, state.adapter, settings.lora_scale, state.anchor)
 
         def micro_batch(sums, inputs):
             index, rows = inputs
             (total, parts), gradient = jax.value_and_grad(objective, has_aux=True)(
-                state.adapter, base, settings, jax.random.fold_in(key, index), rows
+                state.adapter, base, state.anchor, norms, settings, jax.random.fold_in(key, index), rows
             )
             return jax.tree.map(jnp.add, sums, (gradient, total, *parts)), None
 
@@ -110,14 +111,14 @@ def make_train_step(decoder: Decoder, dropout: bool = False) -> Callable[..., tu
 
 
 def make_eval_step(decoder: Decoder) -> Callable[..., TokenLosses]:
-    """Builds `evaluate(adapter, lora_scale, base, batch) -> TokenLosses`: each token's losses, without a gradient."""
+    """Builds `evaluate(lora, base, batch) -> TokenLosses`: each token's losses, without a gradient.
 
-    def evaluate(adapter, lora_scale, base, batch: Batch) -> TokenLosses:
+    `lora` is the adapter as the decoder reads it, from `lora.variants.effective`; {} for the bare base.
+    """
+
+    def evaluate(lora: Mapping[str, Any], base: Mapping[str, Any], batch: Batch) -> TokenLosses:
         hidden: Any = decoder.apply(
-            {"params": base, "lora": lora.scale(adapter, lora_scale)},
-            batch["tokens"],
-            batch["positions"],
-            batch["segments"],
+            {"params": base, "lora": lora}, batch["tokens"], batch["positions"], batch["segments"]
         )
         _, losses = cross_entropy(hidden, unembedding(base), batch["targets"], batch["weights"])
         return losses

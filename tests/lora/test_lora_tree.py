@@ -25,7 +25,7 @@ def base():
 
 def test_a_new_adapter_is_pefts(base):
     """A is Kaiming-uniform with a = sqrt 5, so U(-1/sqrt(in), 1/sqrt(in)); B is zero."""
-    adapter = lora.init(jax.random.key(0), base, ("q_proj", "down_proj"), rank=50)
+    adapter = lora.init(jax.random.key(0), base, {"q_proj": 50, "down_proj": 50})
     shapes = {"/".join(path): leaf.shape for path, leaf in leaves(adapter)}
     assert shapes == {
         "layers/self_attn/q_proj/a": (3, 64, 50), "layers/self_attn/q_proj/b": (3, 50, 32),
@@ -43,8 +43,8 @@ def test_a_new_adapter_is_pefts(base):
 
 
 def test_a_targets_values_do_not_depend_on_the_other_targets(base):
-    both = lora.init(jax.random.key(0), base, ("q_proj", "down_proj"), rank=4)
-    one = lora.init(jax.random.key(0), base, ("down_proj",), rank=4)
+    both = lora.init(jax.random.key(0), base, {"q_proj": 4, "down_proj": 4})
+    one = lora.init(jax.random.key(0), base, {"down_proj": 4})
     assert list(one["layers"]) == ["mlp"]
     np.testing.assert_array_equal(
         one["layers"]["mlp"]["down_proj"]["a"], both["layers"]["mlp"]["down_proj"]["a"]
@@ -52,7 +52,7 @@ def test_a_targets_values_do_not_depend_on_the_other_targets(base):
 
 
 def test_scale_and_merge(base):
-    adapter = lora.init(jax.random.key(0), base, ("down_proj",), rank=4)
+    adapter = lora.init(jax.random.key(0), base, {"down_proj": 4})
     adapter = jax.tree.map(lambda x: x + 0.1, adapter)
     merged = lora.merge(base, lora.scale(adapter, 0.5))
     a, b = adapter["layers"]["mlp"]["down_proj"]["a"], adapter["layers"]["mlp"]["down_proj"]["b"]

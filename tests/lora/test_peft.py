@@ -12,9 +12,8 @@ from jaxlora.core.tree import leaves, map_leaves, unflatten
 from jaxlora.lora.peft import CONFIG_FILE, WEIGHTS_FILE, load_peft, read_config, save_peft
 from jaxlora.lora.spec import TARGETS, LoraSpec
 from jaxlora.lora.tree import adapter_shapes, scale
-from jaxlora.models.decoder import Decoder, unembedding
 from jaxlora.models.spec import DecoderSpec
-from jaxlora.models.weights import load_params, param_shapes, resolve_model
+from jaxlora.models.weights import param_shapes
 
 SIZES = {
     "vocab_size": 61,
@@ -33,7 +32,7 @@ def random_adapter(lora, spec=SPEC, seed=0):
     """An adapter in which b is not zero, as after training."""
     rng = np.random.default_rng(seed)
     base = unflatten({path: jax.ShapeDtypeStruct(s, jnp.float32) for path, s in param_shapes(spec).items()})
-    shapes = adapter_shapes(base, lora.targets, lora.rank)
+    shapes = adapter_shapes(base, lora.ranks)
     return map_leaves(lambda _, leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes)
 
 
@@ -201,47 +200,6 @@ def test_an_adapter_with_other_settings_is_never_mixed_with_the_old_one(tmp_path
 # --- PEFT itself ---
 
 
-@pytest.fixture
-def peft():
-    pytest.importorskip("torch")
-    return pytest.importorskip("peft")
-
-
-def make_base(folder, name):
-    """A tiny random base in transformers, and the same one in ours."""
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(
-        getattr(transformers, f"{name}Config")(**SIZES)
-    ).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.15)
-    model.save_pretrained(folder)
-    files = resolve_model(str(folder))
-    spec = DecoderSpec.from_hf(files.config)
-    return model, load_params(files, spec, "float32"), spec
-
-
-def our_logits(spec, base, adapter, lora, tokens):
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    variables = {"params": base, "lora": scale(jax.tree.map(jnp.asarray, adapter), lora.scale)}
-    hidden = Decoder(spec, dtype=jnp.float32).apply(
-        variables, jnp.asarray(tokens), positions, jnp.ones_like(positions)
-    )
-    return np.asarray(jnp.einsum("BTD,VD->BTV", hidden, unembedding(base)))
-
-
-def their_logits(model, tokens):
-    import torch
-
-    with torch.no_grad():
-        return model(torch.from_numpy(tokens).long()).logits.numpy()
-
-
-TOKENS = np.random.default_rng(3).integers(0, SIZES["vocab_size"], (2, 13)).astype(np.int32)
 LORAS = {
     "all-linear": LoraSpec(rank=4, alpha=8.0),
     "q and v, rslora": LoraSpec(rank=9, alpha=4.0, targets=("q_proj", "v_proj"), scaling="rslora"),
@@ -252,42 +210,41 @@ LORAS = {
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::UserWarning:peft")
 @pytest.mark.parametrize("name", ["Qwen2", "Mistral"])
 @pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
-def test_peft_loads_our_folder_and_gives_our_logits(name, lora, tmp_path, peft):
-    model, base, spec = make_base(tmp_path / "base", name)
-    adapter = random_adapter(lora, spec)
+def test_peft_loads_our_folder_and_gives_our_logits(name, lora, tmp_path, peft, make_pair):
+    pair = make_pair(tmp_path / "base", name)
+    adapter = random_adapter(lora, pair.spec)
     save_peft(tmp_path / "a", adapter, lora, str(tmp_path / "base"))
-    bare = their_logits(model, TOKENS)
-    theirs = their_logits(peft.PeftModel.from_pretrained(model, tmp_path / "a").eval(), TOKENS)
+    bare = pair.theirs()
+    theirs = pair.theirs(peft.PeftModel.from_pretrained(pair.model, tmp_path / "a").eval())
     assert np.abs(theirs - bare).max() > 0.1  # the adapter is felt
-    assert np.abs(our_logits(spec, base, adapter, lora, TOKENS) - theirs).max() < 1e-4
+    assert np.abs(pair.logits(scale(adapter, lora.scale)) - theirs).max() < 1e-4
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::UserWarning:peft")
 @pytest.mark.parametrize("name", ["Qwen2", "Mistral"])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], r".*\.(up|down)_proj"])
-def test_a_folder_that_peft_wrote_is_read_and_written_again(name, targets, tmp_path, peft):
+def test_a_folder_that_peft_wrote_is_read_and_written_again(name, targets, tmp_path, peft, make_pair):
     import torch
 
-    model, base, spec = make_base(tmp_path / "base", name)
+    pair = make_pair(tmp_path / "base", name)
     config = peft.LoraConfig(
         r=5, lora_alpha=7, lora_dropout=0.2, target_modules=targets, task_type="CAUSAL_LM", use_rslora=True
     )
-    model = peft.get_peft_model(model, config).eval()
+    model = peft.get_peft_model(pair.model, config).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "lora_" in parameter_name:
                 parameter.normal_(0.0, 0.3)
     model.save_pretrained(tmp_path / "theirs")
 
-    adapter, lora = load_peft(tmp_path / "theirs", spec)
+    adapter, lora = load_peft(tmp_path / "theirs", pair.spec)
     expected = {
         "all-linear": TARGETS,
         "['q_proj', 'v_proj']": ("q_proj", "v_proj"),
         r".*\.(up|down)_proj": ("up_proj", "down_proj"),
     }
     assert lora == LoraSpec(5, 7.0, 0.2, expected[str(targets)], "rslora")
-    theirs = their_logits(model, TOKENS)
-    assert np.abs(our_logits(spec, base, adapter, lora, TOKENS) - theirs).max() < 1e-4
+    assert np.abs(pair.logits(scale(adapter, lora.scale)) - pair.theirs(model)).max() < 1e-4
 
     save_peft(tmp_path / "ours", adapter, lora, "base")
     first, second = (load_file(tmp_path / folder / WEIGHTS_FILE) for folder in ("theirs", "ours"))

@@ -34,7 +34,7 @@ PREFIX = "base_model.model.model.layers"
 def folder(tmp_path):
     lora = LoraSpec(rank=4, targets=("q_proj", "v_proj"))
     base = unflatten({path: jax.ShapeDtypeStruct(s, jnp.float32) for path, s in param_shapes(SPEC).items()})
-    save_peft(tmp_path / "a", init(jax.random.key(0), base, lora.targets, lora.rank), lora, "base")
+    save_peft(tmp_path / "a", init(jax.random.key(0), base, lora.ranks), lora, "base")
     return tmp_path / "a"
 
 
@@ -59,7 +59,6 @@ def change_tensors(folder, change):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
         ("modules_to_save", ["lm_head"]),
         ("rank_pattern", {"q_proj": 8}),
         ("alpha_pattern", {"q_proj": 8}),

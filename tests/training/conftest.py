@@ -46,6 +46,7 @@ def settings(**changed) -> Settings:
     inner = {name: value for name, value in changed.items() if name in OptimizerSettings._fields}
     outer = {"label_smoothing": 0.1, "lora_scale": 2.0, "lora_dropout": 0.0}
     outer |= {name: value for name, value in changed.items() if name in outer}
+    outer |= {name: dict.fromkeys(TARGETS, outer[name]) for name in ("lora_scale", "lora_dropout")}
     return Settings(optimizer=optimizer._replace(**inner), **outer)
 
 
@@ -61,7 +62,7 @@ def make_tiny():
     ids = jnp.ones((1, 4), jnp.int32)
     base = decoder.init(jax.random.key(0), ids, ids, ids)["params"]
     base = jax.tree.map(lambda x: x * 2, base)  # far enough from zero that attention and losses are not flat
-    adapter = lora.init(jax.random.key(1), base, TARGETS, rank=4)
+    adapter = lora.init(jax.random.key(1), base, dict.fromkeys(TARGETS, 4))
     adapter = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(2), x.shape), adapter)
 
     def make(**changed) -> Tiny:

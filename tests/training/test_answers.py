@@ -66,7 +66,7 @@ def model():
         return jnp.asarray(rng.normal(size=shape) * 0.3 + (path[-1] == "scale"), jnp.float32)
 
     base = unflatten({path: leaf(path, shape) for path, shape in param_shapes(SPEC).items()})
-    adapter = lora.init(jax.random.key(0), base, ("q_proj", "down_proj"), 2)
+    adapter = lora.init(jax.random.key(0), base, {"q_proj": 2, "down_proj": 2})
     adapter = jax.tree.map(lambda x: x + 0.3, adapter)
     return Decoder(SPEC, remat="none", dtype=jnp.float32), base, adapter
 
@@ -90,7 +90,7 @@ def answers(model, conversations, mesh, batch_size=4):
     )
     base, adapter = (jax.device_put(tree, tree_shardings(mesh, tree)) for tree in (base, adapter))
     told = []
-    return made, made.answer(adapter, SCALE, base, lambda *counts: told.append(counts)), told
+    return made, made.answer(lora.scale(adapter, SCALE), base, lambda *counts: told.append(counts)), told
 
 
 QUESTIONS = ["a", "why is that so?", "hello", "x" * 50, "count", "more?"]

@@ -68,7 +68,9 @@ def test_every_layout_gives_the_dense_numbers(make_tiny, examples, dense, batch_
     step = jax.jit(make_eval_step(tiny.decoder))
     evaluator = Evaluator(step, batches, jax.device_put, ("nll", "perplexity", "token_accuracy"))
     seen = []
-    found = evaluator(tiny.state.adapter, 2.0, tiny.base, lambda done, total: seen.append((done, total)))
+    found = evaluator(
+        lora.scale(tiny.state.adapter, 2.0), tiny.base, lambda done, total: seen.append((done, total))
+    )
 
     nll, hits, weight = dense.sum(axis=0)
     assert found.metrics["nll"] == pytest.approx(nll / weight, rel=1e-5)

@@ -19,7 +19,7 @@ SUMS = {
 
 def state_at(step):
     """A state that holds nothing but its step."""
-    return TrainState(jnp.asarray(step), {}, None, jnp.zeros(2, jnp.uint32), NO_SETTINGS)
+    return TrainState(jnp.asarray(step), {}, {}, None, jnp.zeros(2, jnp.uint32), NO_SETTINGS)
 
 
 def at(step, state=None, leaving=False, **changed):

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlora.lora import tree as lora
 from jaxlora.parallel import sharding
 from jaxlora.parallel.mesh import make_mesh
 from jaxlora.training.step import make_eval_step, make_train_step
@@ -17,7 +18,9 @@ def alone(make_tiny):
     state, batch = tiny.state, tiny.batch(0, 16, 16, 2)
     for _ in range(2):
         state, sums = step(state, tiny.base, batch)
-    losses = jax.jit(make_eval_step(tiny.decoder))(state.adapter, 2.0, tiny.base, tiny.batch(1, 8, 16))
+    losses = jax.jit(make_eval_step(tiny.decoder))(
+        lora.scale(state.adapter, 2.0), tiny.base, tiny.batch(1, 8, 16)
+    )
     return jax.device_get((state.adapter, state.moments, sums, losses))
 
 
@@ -36,7 +39,7 @@ def test_eight_devices_are_one(make_tiny, alone, sizes):
     for _ in range(2):
         state, sums = step(state, base, batch)
     held_out = jax.device_put(tiny.batch(1, 8, 16), sharding.batch_sharding(mesh, False))
-    losses = jax.jit(make_eval_step(decoder))(state.adapter, 2.0, base, held_out)
+    losses = jax.jit(make_eval_step(decoder))(lora.scale(state.adapter, 2.0), base, held_out)
 
     kernel = base["layers"]["self_attn"]["q_proj"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // (sizes[1] * sizes[2])

@@ -110,7 +110,7 @@ def test_dropout_draws_anew_each_step_and_micro_batch_and_the_same_for_the_same_
     undropped = compiled()(tiny.state, tiny.base, batch)[1]
     assert float(first.objective) == float(again.objective)
     assert len({float(x.objective) for x in (first, later, undropped)}) == 3
-    settings = tiny.state.settings._replace(lora_dropout=jnp.zeros(()))
+    settings = tiny.state.settings._replace(lora_dropout=dict.fromkeys(TARGETS, jnp.zeros(())))
     none = step(tiny.state._replace(settings=settings), tiny.base, batch)
     np.testing.assert_allclose(none[1].objective, undropped.objective, rtol=1e-6)
 
@@ -119,11 +119,10 @@ def test_merged_is_applied(make_tiny):
     tiny = make_tiny()
     batch = tiny.batch(2, 3, 16)
     evaluate = jax.jit(make_eval_step(tiny.decoder))
-    applied = evaluate(tiny.state.adapter, 2.0, tiny.base, batch)
-    merged = lora.merge(tiny.base, lora.scale(tiny.state.adapter, 2.0))
-    nothing = jax.tree.map(jnp.zeros_like, tiny.state.adapter)
-    np.testing.assert_allclose(evaluate(nothing, 2.0, merged, batch).nll, applied.nll, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(evaluate(nothing, 2.0, tiny.base, batch).nll, applied.nll, rtol=1e-2)
+    scaled = lora.scale(tiny.state.adapter, 2.0)
+    applied, merged = evaluate(scaled, tiny.base, batch), lora.merge(tiny.base, scaled)
+    np.testing.assert_allclose(evaluate({}, merged, batch).nll, applied.nll, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(evaluate({}, tiny.base, batch).nll, applied.nll, rtol=1e-2)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
@@ -152,7 +151,7 @@ def compile_full_size(rows: int, time: int, remat: str = "full", train: bool = T
     decoder = Decoder(QWEN_05B, remat=remat)
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     base = jax.eval_shape(decoder.init, jax.random.key(0), ids, ids, ids)["params"]
-    adapter = lora.adapter_shapes(base, TARGETS, 16)
+    adapter = lora.adapter_shapes(base, dict.fromkeys(TARGETS, 16))
     numbers = Settings(OptimizerSettings(*[1.0] * len(OptimizerSettings._fields)), 0.1, 2.0, 0.0)
     state = jax.eval_shape(lambda a: new_state(a, jax.random.key(0), numbers), adapter)
     shape = (1, rows, time) if train else (rows, time)
@@ -164,7 +163,7 @@ def compile_full_size(rows: int, time: int, remat: str = "full", train: bool = T
     if train:
         lowered = jax.jit(make_train_step(decoder), donate_argnums=0).lower(state, base, batch)
     else:
-        lowered = jax.jit(make_eval_step(decoder)).lower(adapter, 2.0, base, batch)
+        lowered = jax.jit(make_eval_step(decoder)).lower(adapter, base, batch)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base))
     return lowered.compile(compiler_options=compiler_options("cpu")), size
 

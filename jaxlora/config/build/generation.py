@@ -1,5 +1,6 @@
 """What answers prompts: a base on as many devices as its heads allow, with or without an adapter."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlora.config.build.inputs import Model
-from jaxlora.lora import tree as lora
+from jaxlora.lora import variants
 from jaxlora.lora.peft import load_peft
+from jaxlora.lora.spec import LoraSpec
 from jaxlora.models.decoder import Decoder
 from jaxlora.models.decoding import Session
 from jaxlora.models.spec import DecoderSpec
@@ -39,18 +41,24 @@ def answering_model(path: str, revision: str, dtype: str) -> Model:
     return Model(files, spec, decoder, mesh)
 
 
-def adapter(model: Model, folder: Path) -> dict[str, Any]:
-    """Reads a PEFT folder: the scaled adapter, placed beside the base.
+def effective(
+    model: Model, base: Mapping[str, Any], adapter: Mapping[str, Any], spec: LoraSpec
+) -> dict[str, Any]:
+    """An adapter that was read (see `load_peft`), as the decoder reads it, placed beside the base."""
+    placed = jax.device_put(dict(adapter), sharding.tree_shardings(model.mesh, adapter))
+    return jax.jit(lambda base, adapter: variants.effective(base, adapter, spec.scales))(base, placed)
+
+
+def adapter(model: Model, base: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Reads a PEFT folder: the adapter as the decoder reads it, placed beside the base.
 
     Raises:
         InputError: not an adapter, or not one for this base.
     """
-    pairs, spec = load_peft(folder, model.spec)
-    scaled = lora.scale(pairs, spec.scale)
-    return jax.device_put(scaled, sharding.tree_shardings(model.mesh, scaled))
+    return effective(model, base, *load_peft(folder, model.spec))
 
 
-def session(model: Model, base: dict[str, Any], scaled_adapter: dict[str, Any]) -> Session:
-    """A conversation with a base and a scaled adapter ({} for none)."""
+def session(model: Model, base: dict[str, Any], lora: dict[str, Any]) -> Session:
+    """A conversation with a base and an adapter as the decoder reads it ({} for none)."""
     cache = sharding.cache_sharding(model.mesh, model.spec.num_kv_heads) if model.mesh.size > 1 else None
-    return Session(model.decoder, base, scaled_adapter, cache)
+    return Session(model.decoder, base, lora, cache)

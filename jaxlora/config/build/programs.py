@@ -15,9 +15,10 @@ from jaxlora.config.schema import Config
 from jaxlora.core.compilation import compiler_options
 from jaxlora.core.errors import InputError
 from jaxlora.core.prng import named
-from jaxlora.lora import tree as lora
+from jaxlora.lora import variants
 from jaxlora.lora.peft import load_peft
 from jaxlora.lora.spec import LoraSpec, resolve_targets
+from jaxlora.lora.tree import adapted_kernels
 from jaxlora.parallel import sharding
 from jaxlora.training.optimizer import OptimizerSettings
 from jaxlora.training.state import Settings, TrainState, new_state
@@ -26,9 +27,16 @@ from jaxlora.training.step import make_eval_step, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The compiled train and evaluation steps."""
+    """The compiled programs of a run.
+
+    Attributes:
+        train: `step(state, base, batch) -> (state, sums)`; the state is donated.
+        effective: `(state, base) -> lora`, the adapter as the decoder reads it.
+        evaluate: `(lora, base, batch) -> TokenLosses`.
+    """
 
     train: Callable[..., Any]
+    effective: Callable[..., Any]
     evaluate: Callable[..., Any]
 
 
@@ -36,13 +44,20 @@ def lora_spec(config: Config) -> LoraSpec:
     """The adapter's constants."""
     chosen = config.lora
     return LoraSpec(
-        chosen.rank, chosen.alpha, chosen.dropout, resolve_targets(chosen.targets), chosen.scaling
+        chosen.rank,
+        chosen.alpha,
+        chosen.dropout,
+        resolve_targets(chosen.targets),
+        chosen.scaling,
+        chosen.use_dora,
+        chosen.rank_pattern,
+        chosen.dropout_pattern,
     )
 
 
 def settings(config: Config, steps: int) -> Settings:
     """The numbers that the compiled step reads from its state."""
-    chosen = config.optim
+    chosen, spec = config.optim, lora_spec(config)
     return Settings(
         OptimizerSettings(
             learning_rate=chosen.learning_rate,
@@ -54,52 +69,86 @@ def settings(config: Config, steps: int) -> Settings:
             b2=chosen.b2,
             eps=chosen.eps,
             clip_norm=chosen.clip_norm or math.inf,
+            loraplus_lr_ratio=chosen.loraplus_lr_ratio,
         ),
         label_smoothing=chosen.label_smoothing,
-        lora_scale=lora_spec(config).scale,
-        lora_dropout=config.lora.dropout,
+        lora_scale=spec.scales,
+        lora_dropout=spec.dropouts,
     )
 
 
 def state_shapes(config: Config, model: Model, steps: int) -> TrainState:
     """The state's tree of placed `jax.ShapeDtypeStruct`s."""
-    spec = lora_spec(config)
-    adapter = lora.adapter_shapes(model.shapes(), spec.targets, spec.rank)
-    shapes = jax.eval_shape(
-        lambda a: new_state(a, jax.random.key(config.seed), settings(config, steps)), adapter
-    )
+    spec, base, key = lora_spec(config), model.shapes(), jax.random.key(config.seed)
+
+    def make(base: Any) -> TrainState:
+        adapter, anchor = variants.start(key, base, spec, config.lora.init)
+        return new_state(adapter, key, settings(config, steps), anchor)
+
+    shapes = jax.eval_shape(make, base)
     placed = sharding.state_shardings(model.mesh, shapes)
     return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
 
 
-def first_state(config: Config, model: Model, steps: int) -> TrainState:
+def first_state(config: Config, model: Model, steps: int, base: Mapping[str, Any]) -> TrainState:
     """The state before the first step: a new adapter, or the one of lora.init_from.
 
+    Args:
+        base: the parameters; PiSSA and DoRA start from them.
     Raises:
-        InputError: lora.init_from is no adapter for this base, or has another rank or other targets than the config.
+        InputError: lora.init_from is no adapter for this base, or another one than the config describes; or a rank that
+            PiSSA cannot give.
     """
     spec, key = lora_spec(config), jax.random.key(config.seed)
-    like = state_shapes(config, model, steps)
-    given = None
+    placements = jax.tree.map(lambda s: s.sharding, state_shapes(config, model, steps))
     if config.lora.init_from:
-        given, found = load_peft(config.lora.init_from, model.spec)
-        for name, wanted, has in (("rank", spec.rank, found.rank), ("targets", spec.targets, found.targets)):
-            if wanted != has:
-                shown = ",".join(has) if isinstance(has, tuple) else has
+        given = _given(config, spec, model)
+        make = jax.jit(
+            lambda adapter: new_state(adapter, named(key, "train"), settings(config, steps)),
+            out_shardings=placements,
+        )
+        return make(given)
+    if config.lora.init.startswith("pissa"):
+        for path, kernel in adapted_kernels(model.shapes(), spec.targets).items():
+            rank, largest = spec.ranks[path[-1]], min(kernel.shape[1:])
+            if rank > largest:
                 raise InputError(
-                    f"lora.init_from {config.lora.init_from} has {name} {shown}, the config asks for "
-                    f"{','.join(wanted) if isinstance(wanted, tuple) else wanted}; set --config.lora.{name}={shown}."
+                    f"lora.init = {config.lora.init} with rank {rank}: {path[-1]} {list(kernel.shape[1:])} has only "
+                    f"{largest} singular vectors; set --config.lora.rank={largest} or less."
                 )
 
-    def make(given: Any) -> TrainState:
-        adapter = (
-            given
-            if given is not None
-            else lora.init(named(key, "adapter"), model.shapes(), spec.targets, spec.rank)
-        )
-        return new_state(adapter, named(key, "train"), settings(config, steps))
+    def start(base: Mapping[str, Any]) -> TrainState:
+        adapter, anchor = variants.start(named(key, "adapter"), base, spec, config.lora.init)
+        return new_state(adapter, named(key, "train"), settings(config, steps), anchor)
 
-    return jax.jit(make, out_shardings=jax.tree.map(lambda s: s.sharding, like))(given)
+    options = compiler_options(model.mesh.devices.flat[0].platform)
+    return jax.jit(start, out_shardings=placements, compiler_options=options)(base)
+
+
+def _given(config: Config, spec: LoraSpec, model: Model) -> dict[str, Any]:
+    """The adapter of lora.init_from, which must be what the config describes."""
+    chosen = config.lora
+    if chosen.init != "kaiming" or chosen.rank_pattern:
+        key = "rank_pattern" if chosen.rank_pattern else "init"
+        raise InputError(
+            f"lora.init_from starts from an adapter that is there, and lora.{key} = {getattr(chosen, key)!r} asks for "
+            "another one: leave one of them out."
+        )
+    adapter, found = load_peft(chosen.init_from, model.spec)
+    for name in ("rank", "targets", "use_dora", "scaling", "alpha"):
+        wanted, has = getattr(spec, name), getattr(found, name)
+        if wanted != has:
+            told = [",".join(value) if isinstance(value, tuple) else value for value in (has, wanted)]
+            raise InputError(
+                f"lora.init_from {chosen.init_from} has {name} {told[0]}, the config asks for {told[1]}; set "
+                f"--config.lora.{name}={told[0]}."
+            )
+    return adapter
+
+
+def effective_adapter(state: TrainState, base: Mapping[str, Any]) -> dict[str, Any]:
+    """A state's adapter as the decoder reads it."""
+    return variants.effective(base, state.adapter, state.settings.lora_scale, state.anchor)
 
 
 def put_batch(
@@ -117,7 +166,7 @@ def put_batch(
 
 
 def compile_programs(config: Config, model: Model, like: TrainState) -> Programs:
-    """Compiles the train and the evaluation step, before the first batch and once for all.
+    """Compiles what a run computes with, before the first batch and once for all.
 
     Args:
         like: the state, or its shapes.
@@ -138,15 +187,22 @@ def compile_programs(config: Config, model: Model, like: TrainState) -> Programs
 
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
     micro = config.train.micro_batch_size
-    step = make_train_step(model.decoder, dropout=config.lora.dropout > 0)
+    step = make_train_step(model.decoder, dropout=any(lora_spec(config).dropouts.values()))
+    lora = jax.eval_shape(effective_adapter, state, shapes)
+    lora = jax.tree.map(
+        lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
+        lora,
+        sharding.tree_shardings(mesh, lora),
+    )
     placements = (jax.tree.map(lambda x: x.sharding, state), whole)
     lowered = (
         jax.jit(step, donate_argnums=0, out_shardings=placements).lower(
             state, shapes, batch(config.train.batch_size // micro, micro)
         ),
-        jax.jit(make_eval_step(model.decoder)).lower(
-            state.adapter, state.settings.lora_scale, shapes, batch(config.eval.batch_size)
+        jax.jit(effective_adapter, out_shardings=jax.tree.map(lambda x: x.sharding, lora)).lower(
+            state, shapes
         ),
+        jax.jit(make_eval_step(model.decoder)).lower(lora, shapes, batch(config.eval.batch_size)),
     )
     with ThreadPoolExecutor(len(lowered)) as pool:  # XLA compiles outside Python's lock
         return Programs(*pool.map(lambda program: program.compile(compiler_options=options), lowered))

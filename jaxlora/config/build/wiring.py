@@ -95,11 +95,12 @@ def evaluator(
 
     def run(state: TrainState):
         progress.eval(0, data.eval.num_batches)
-        metrics, per_example = score(state.adapter, state.settings.lora_scale, base, progress.eval)
+        lora = programs.effective(state, base)
+        metrics, per_example = score(lora, base, progress.eval)
         if answers is None:
             return metrics, per_example, None
         with progress.stage("answering held-out prompts") as stage:
-            found = answers.answer(state.adapter, state.settings.lora_scale, base, stage)
+            found = answers.answer(lora, base, stage)
         columns = {
             name: [getattr(a, name) for a in found] for name in ("prompt", "reference", "text", "exact")
         }

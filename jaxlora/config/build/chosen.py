@@ -1,0 +1,148 @@
+"""What a command is pointed at: a run and one of its adapters, a PEFT folder, or a bare base."""
+
+import dataclasses
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxlora.config.load import CommandParser
+from jaxlora.config.schema import Config
+from jaxlora.core.errors import InputError
+from jaxlora.runs.directory import RunDirectory
+
+if (
+    TYPE_CHECKING
+):  # what is slow to import is imported where it is used, so that wrong input is answered at once
+    from jaxlora.config.build.inputs import Model
+    from jaxlora.lora.spec import LoraSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """A base, and the adapter to put on it.
+
+    Attributes:
+        model, revision, dtype: the base, as in a config's `model`.
+        description: of both, for a person.
+        run, config: where it came from, if from a run.
+        folder: the adapter as a PEFT folder, if it is one.
+        step: the step of the run that the adapter is from; None when unknown.
+    """
+
+    model: str
+    revision: str
+    dtype: str
+    description: str
+    run: RunDirectory | None = None
+    config: Config | None = None
+    folder: Path | None = None
+    step: int | None = None
+
+
+def add_arguments(parser: CommandParser) -> None:
+    """Gives a command --run, --step, --adapter, --model and --dtype."""
+    parser.add_argument("--run", type=Path, help="a run's folder: its base, with its adapter")
+    parser.add_argument("--step", help="with --run: best, last, or the number of a kept step (best)")
+    parser.add_argument("--adapter", type=Path, help="a PEFT adapter folder; its base is the one it names")
+    parser.add_argument("--model", help="a base: Hugging Face id or local folder, bare or for --adapter")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="of the base (a run's own, or bfloat16)"
+    )
+
+
+def choose(arguments: Namespace) -> Chosen:
+    """What the arguments of `add_arguments` point at. Looks at a run's small files only.
+
+    Raises:
+        InputError: nothing, or more than one thing, was named; or the run has no such adapter.
+    """
+    if arguments.run is not None:
+        for name in ("adapter", "model"):
+            if getattr(arguments, name) is not None:
+                raise InputError(
+                    f"--{name} does not go with --run, which has its own: leave one of them out."
+                )
+        return _of_run(arguments.run, arguments.step or "best", arguments.dtype)
+    if arguments.step is not None:
+        raise InputError("--step goes with --run: leave it out, or name the run.")
+    if arguments.adapter is None and arguments.model is None:
+        raise InputError("name what is meant: --run FOLDER, --adapter FOLDER or --model FOLDER_OR_ID.")
+    dtype = arguments.dtype or "bfloat16"
+    if arguments.adapter is None:
+        return Chosen(arguments.model, "", dtype, arguments.model)
+    from jaxlora.lora.peft import read_config
+
+    config = read_config(arguments.adapter)
+    model = arguments.model or config.get("base_model_name_or_path")
+    if not model:
+        raise InputError(f"the adapter in {arguments.adapter} does not name its base: give it as --model.")
+    revision = "" if arguments.model else config.get("revision") or ""
+    return Chosen(model, revision, dtype, f"{model} with {arguments.adapter}", folder=arguments.adapter)
+
+
+def _of_run(path: Path, step: str, dtype: str | None) -> Chosen:
+    run = RunDirectory.read(path)
+    config, record = Config.from_dict(run.config), run.record
+    base = {
+        "model": config.model.path,
+        "revision": config.model.revision,
+        "dtype": dtype or config.model.dtype,
+    }
+    if step not in ("best", "last"):
+        if not step.isdecimal():
+            raise InputError(f"--step {step}: it is best, last, or the number of a kept step.")
+        told = f"{config.model.path} with the adapter of {path} at step {int(step):,}"
+        return Chosen(**base, description=told, run=run, config=config, step=int(step))
+    folder = run.best if step == "best" else run.last
+    if not (folder / "adapter_config.json").is_file():
+        other = run.last if step == "best" else run.best
+        remedy = (
+            f"Its other adapter is there: --step {other.name}."
+            if (other / "adapter_config.json").is_file()
+            else "It appears with the first evaluation or checkpoint; train for longer."
+        )
+        raise InputError(
+            f"{path} has no {step} adapter yet (the run is {record.get('status', 'not begun')}, at step "
+            f"{record.get('steps', 0)}).\n{remedy}"
+        )
+    at = (record.get("best") or {}) if step == "best" else {"step": record.get("steps")}
+    known = [f"step {at['step']:,}"] if at.get("step") is not None else []
+    known += [f"eval nll {at['eval/nll']:.4f}"] if at.get("eval/nll") is not None else []
+    told = ", ".join([f"{config.model.path} with {folder}", *known])
+    return Chosen(**base, description=told, run=run, config=config, folder=folder, step=at.get("step"))
+
+
+def load(chosen: Chosen, model: "Model") -> "tuple[dict[str, Any], LoraSpec] | None":
+    """Reads the chosen adapter, from its folder or from the run's checkpoints; None for a bare base.
+
+    Args:
+        chosen: from `choose`.
+        model: the base that it sits on.
+    Returns:
+        (adapter, spec): unscaled float32 NumPy arrays and their constants, with one rank (see `variants.ordinary`).
+    Raises:
+        InputError: no adapter, not one for this base, or a step that is not kept.
+    """
+    if chosen.folder is not None:
+        from jaxlora.lora.peft import load_peft
+
+        return load_peft(chosen.folder, model.spec)
+    if chosen.run is None or chosen.config is None or chosen.step is None:
+        return None
+    from jaxlora.config.build import programs
+    from jaxlora.lora.variants import ordinary
+    from jaxlora.runs.checkpoints import Checkpoints
+
+    with Checkpoints(chosen.run.checkpoints, read_only=True) as checkpoints:
+        kept = checkpoints.steps()
+        if chosen.step not in kept:
+            shown = ", ".join(map(str, kept)) or "none"
+            raise InputError(
+                f"{chosen.run.path} keeps no checkpoint of step {chosen.step}; kept are: {shown} (and best, last)."
+            )
+        found = checkpoints.restore(programs.state_shapes(chosen.config, model, 1), chosen.step)
+        if found is None:
+            raise InputError(
+                f"{'; '.join(checkpoints.skipped)}. Choose another --step of {', '.join(map(str, kept))}."
+            )
+    return ordinary(found.state.adapter, programs.lora_spec(chosen.config), found.state.anchor)
