@@ -6,10 +6,10 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
+from jaxlora.config.build import chosen
 from jaxlora.config.load import CommandParser
 from jaxlora.core import cli
 from jaxlora.core.errors import InputError
@@ -46,16 +46,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
         "output, everything else to standard error.",
         epilog=f"In a chat: {COMMANDS}.",
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", type=Path, help="a run's folder: its base, with its adapter")
-    what.add_argument("--model", help="a base without a run: Hugging Face id or local folder")
-    parser.add_argument("--step", choices=("best", "last"), help="with --run: which adapter (best)")
-    parser.add_argument(
-        "--adapter", type=Path, help="with --model: a PEFT adapter folder (none: the bare base)"
-    )
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), help="with --model: of the base (bfloat16)"
-    )
+    chosen.add_arguments(parser)
     parser.add_argument("--prompt", help="the prompt; without it, a chat")
     parser.add_argument("--system", help="a system message before it")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
@@ -65,14 +56,6 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--max-new-tokens", type=int, help=f"longest answer ({DEFAULT_MAX_NEW_TOKENS})")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn with a temperature (0)")
     arguments = parser.parse_args(argv)
-    if arguments.model is None:
-        for name in ("adapter", "dtype"):
-            if getattr(arguments, name) is not None:
-                raise InputError(
-                    f"--{name} goes with --model; a run has its own. Leave it out, or replace --run."
-                )
-    elif arguments.step is not None:
-        raise InputError("--step goes with --run; give --adapter FOLDER with --model.")
     # Written so that NaN fails too.
     if not 0 <= arguments.temperature < float("inf"):
         raise InputError(f"--temperature {arguments.temperature:g} must be 0 (greedy) or a positive number.")
@@ -91,53 +74,10 @@ def _parse(argv: Sequence[str]) -> Namespace:
     return arguments
 
 
-class Source(NamedTuple):
-    """What answers: the base as in the config's `model`, and the adapter's folder or None."""
-
-    model: str
-    revision: str
-    dtype: str
-    adapter: Path | None
-    description: str
-
-
-def _source(arguments: Namespace) -> Source:
-    """Where base and adapter lie.
-
-    Raises:
-        InputError: no such run, or one without that adapter.
-    """
-    if arguments.model is not None:
-        description = f"{arguments.model} with {arguments.adapter}" if arguments.adapter else arguments.model
-        return Source(arguments.model, "", arguments.dtype or "bfloat16", arguments.adapter, description)
-    from jaxlora.config.schema import Config
-    from jaxlora.runs.directory import RunDirectory
-
-    run = RunDirectory.read(arguments.run)
-    config, record, step = Config.from_dict(run.config), run.record, arguments.step or "best"
-    folder = run.best if step == "best" else run.last
-    if not (folder / "adapter_config.json").is_file():
-        other = run.last if step == "best" else run.best
-        remedy = (
-            f"Its other adapter is there: --step {other.name}."
-            if (other / "adapter_config.json").is_file()
-            else "It appears with the first evaluation or checkpoint; train for longer."
-        )
-        raise InputError(
-            f"{arguments.run} has no {step} adapter yet (the run is {record.get('status', 'not begun')}, at step "
-            f"{record.get('steps', 0)}).\n{remedy}"
-        )
-    at = record.get(step) or {}
-    found = f", step {at['step']}, eval nll {at['eval/nll']:.4f}" if {"step", "eval/nll"} <= at.keys() else ""
-    chosen = config.model
-    dtype = arguments.dtype or chosen.dtype
-    return Source(chosen.path, chosen.revision, dtype, folder, f"{chosen.path} with {folder}{found}")
-
-
 def _generate(arguments: Namespace) -> int:
     from jaxlora.runs.progress import Progress
 
-    source = _source(arguments)
+    source = chosen.choose(arguments)
     with Progress(output=sys.stderr) as progress:
         with progress.stage("starting JAX"):
             import jax
@@ -155,10 +95,11 @@ def _generate(arguments: Namespace) -> int:
         # What is wrong with the prompt shows before the long wait.
         prompt = _messages(arguments.system, arguments.prompt or "?")
         room(len(encoder.encode_prompt(prompt)), limit, arguments.max_new_tokens)
+        with progress.stage("reading the adapter"):
+            adapter = chosen.load(source, model)
         with progress.stage("loading the base") as stage:
             base = inputs.base(model, stage)
-        with progress.stage("loading the adapter") if source.adapter else nullcontext():
-            lora = generation.adapter(model, base, source.adapter) if source.adapter else {}
+        lora = generation.effective(model, base, *adapter) if adapter else {}
         progress.say(f"loaded {source.description}")
         # Scalars of one type, whatever was typed: another type would be another program.
         sampling = Sampling(*(jax.numpy.float32(x) for x in (arguments.temperature, arguments.top_p)))

@@ -224,15 +224,19 @@ def test_an_answer_can_be_interrupted_and_the_chat_goes_on(ask, run, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "x"], "one of the arguments --run --model is required"),
+        (["--prompt", "x"], "name what is meant: --run FOLDER, --adapter FOLDER or --model FOLDER_OR_ID"),
         (["--run", "nowhere", "--prompt", "x"], "nowhere is not a run folder"),
         (["--model", "no/such/model", "--prompt", "x"], "model.path 'no/such/model' does not exist"),
         (
             ["--run", "RUN", "--step", "last"],
             "no last adapter yet (the run is running, at step 7).\nIts other adapter",
         ),
-        (["--run", "RUN", "--step", "x"], "invalid choice: 'x'"),
-        (["--run", "RUN", "--adapter", "x"], "--adapter goes with --model"),
+        (
+            ["--run", "RUN", "--step", "3", "--prompt", "x"],
+            "keeps no checkpoint of step 3; kept are: none (and best, last)",
+        ),
+        (["--run", "RUN", "--step", "x"], "--step x: it is best, last, or the number of a kept step"),
+        (["--run", "RUN", "--adapter", "x"], "--adapter does not go with --run, which has its own"),
         (["--model", "MODEL", "--step", "best"], "--step goes with --run"),
         (["--model", "MODEL", "--adapter", "nowhere"], "nowhere does not exist"),
         (["--run", "RUN", "--temperature", "-1"], "--temperature -1 must be 0 (greedy) or a positive number"),

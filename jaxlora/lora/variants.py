@@ -45,11 +45,13 @@ def applied(
     scaled = scale(anchored(adapter, anchor) if anchor else adapter, factor)
     if not norms:
         return scaled
-
-    def gain(path: Path, leaf: Any) -> tuple[Path, jax.Array]:
-        return ((*path[:-1], "gain"), leaf / norms[path[:-1]]) if path[-1] == "m" else (path, leaf)
-
-    return unflatten(dict(gain(path, leaf) for path, leaf in leaves(scaled)))
+    found = {}
+    for path, leaf in leaves(scaled):
+        if path[-1] == "m":
+            found[(*path[:-1], "gain")] = leaf / norms[path[:-1]]
+        else:
+            found[path] = leaf
+    return unflatten(found)
 
 
 def effective(

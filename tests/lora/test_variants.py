@@ -73,7 +73,7 @@ def test_dora_is_pefts_both_ways(name, rslora, tmp_path, peft, make_pair):
     assert np.abs(pair.logits(effective) - expected).max() < CLOSE
     # the magnitudes are felt
     without = variants.effective(
-        base, map_leaves(lambda p, x: x * (1.2 if p[-1] == "m" else 1), adapter), lora.scales
+        pair.base, map_leaves(lambda p, x: x * (2 if p[-1] == "m" else 1), adapter), lora.scales
     )
     assert np.abs(pair.logits(without) - expected).max() > 0.1
     # merged = applied

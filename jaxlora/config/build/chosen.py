@@ -83,16 +83,12 @@ def choose(arguments: Namespace) -> Chosen:
 def _of_run(path: Path, step: str, dtype: str | None) -> Chosen:
     run = RunDirectory.read(path)
     config, record = Config.from_dict(run.config), run.record
-    base = {
-        "model": config.model.path,
-        "revision": config.model.revision,
-        "dtype": dtype or config.model.dtype,
-    }
+    of_base = (config.model.path, config.model.revision, dtype or config.model.dtype)
     if step not in ("best", "last"):
         if not step.isdecimal():
             raise InputError(f"--step {step}: it is best, last, or the number of a kept step.")
         told = f"{config.model.path} with the adapter of {path} at step {int(step):,}"
-        return Chosen(**base, description=told, run=run, config=config, step=int(step))
+        return Chosen(*of_base, told, run, config, step=int(step))
     folder = run.best if step == "best" else run.last
     if not (folder / "adapter_config.json").is_file():
         other = run.last if step == "best" else run.best
@@ -109,7 +105,7 @@ def _of_run(path: Path, step: str, dtype: str | None) -> Chosen:
     known = [f"step {at['step']:,}"] if at.get("step") is not None else []
     known += [f"eval nll {at['eval/nll']:.4f}"] if at.get("eval/nll") is not None else []
     told = ", ".join([f"{config.model.path} with {folder}", *known])
-    return Chosen(**base, description=told, run=run, config=config, folder=folder, step=at.get("step"))
+    return Chosen(*of_base, told, run, config, folder, at.get("step"))
 
 
 def load(chosen: Chosen, model: "Model") -> "tuple[dict[str, Any], LoraSpec] | None":

@@ -1,7 +1,6 @@
 """What answers prompts: a base on as many devices as its heads allow, with or without an adapter."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +9,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlora.config.build.inputs import Model
 from jaxlora.lora import variants
-from jaxlora.lora.peft import load_peft
 from jaxlora.lora.spec import LoraSpec
 from jaxlora.models.decoder import Decoder
 from jaxlora.models.decoding import Session
@@ -47,15 +45,6 @@ def effective(
     """An adapter that was read (see `load_peft`), as the decoder reads it, placed beside the base."""
     placed = jax.device_put(dict(adapter), sharding.tree_shardings(model.mesh, adapter))
     return jax.jit(lambda base, adapter: variants.effective(base, adapter, spec.scales))(base, placed)
-
-
-def adapter(model: Model, base: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Reads a PEFT folder: the adapter as the decoder reads it, placed beside the base.
-
-    Raises:
-        InputError: not an adapter, or not one for this base.
-    """
-    return effective(model, base, *load_peft(folder, model.spec))
 
 
 def session(model: Model, base: dict[str, Any], lora: dict[str, Any]) -> Session:
