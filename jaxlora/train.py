@@ -85,6 +85,7 @@ def _fine_tune(
 
     # ---- what is wrong with the input shows here, before there is a folder or a long wait
     model = inputs.model(config)
+    given = programs.given_adapter(config, model)
     with progress.stage("reading the data") as stage:
         data = inputs.data(config, inputs.encoder(model, config.data.train_on), progress.say, stage)
     total = inputs.total_steps(config, data.train)
@@ -96,7 +97,7 @@ def _fine_tune(
     with progress.stage("loading the base") as stage:
         base = inputs.base(model, stage)
     with progress.stage("making the adapter"):
-        state = programs.first_state(config, model, total, base)
+        state = programs.first_state(config, model, total, base, given)
 
     run = run or RunDirectory.open(path, to_dict(config))
     with run, Checkpoints(run.checkpoints, config.checkpoint.keep) as checkpoints, Writers(run) as writers:

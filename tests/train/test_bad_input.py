@@ -181,6 +181,35 @@ def test_adapter_of_another_rank(refused, project, tmp_path):
     refused("lora.init_from", "rank 2", "4", "--config.lora.rank=2", lora__init_from=tmp_path / "adapter")
 
 
+def test_adapter_of_another_scale(refused, project, tmp_path):
+    pair = {"a": np.zeros((2, 32, 4), np.float32), "b": np.zeros((2, 4, 32), np.float32)}
+    spec = LoraSpec(rank=4, alpha=16.0, targets=("q_proj",))
+    save_peft(tmp_path / "a", {"layers": {"self_attn": {"q_proj": pair}}}, spec, str(project.model), "")
+    refused(
+        "lora.init_from", "alpha 16", "asks for 8", "--config.lora.alpha=16",
+        lora__init_from=tmp_path / "a", lora__targets="q_proj",
+    )  # fmt: skip
+    refused(
+        "lora.init_from",
+        "lora.init = 'pissa'",
+        "leave one",
+        lora__init_from=tmp_path / "a",
+        lora__init="pissa",
+    )
+
+
+def test_pissa_of_a_rank_that_a_matrix_does_not_have(refused):
+    refused(
+        "pissa with rank 17", "k_proj [32, 16]", "--config.lora.rank=16", lora__init="pissa", lora__rank=17
+    )
+
+
+def test_ranks_of_modules_that_are_not_there(refused):
+    refused("'lm_head=4'", "none of the adapted modules", "mlp.down_proj", lora__rank_pattern="lm_head=4")
+    refused("'q_proj=0'", "positive integer", lora__rank_pattern="q_proj=0")
+    refused("lora.init", "'pizza'", "'pissa_niter_N'", lora__init="pizza")
+
+
 def test_adapter_missing(refused):
     refused("adapter folder nowhere", "does not exist", lora__init_from="./nowhere")
 

@@ -33,6 +33,14 @@ PATIENCE = {
     "eval__every": 2,
 }
 
+VARIANTS = {
+    "lora__use_dora": True,
+    "lora__init": "pissa",
+    "lora__rank_pattern": "q_proj=7,mlp.*=2",
+    "lora__dropout_pattern": "mlp.*=0.1",
+    "optim__loraplus_lr_ratio": 4.0,
+}
+
 
 class Command:
     """A train command in a process of its own, or the next one when that has ended."""
@@ -177,6 +185,23 @@ def test_killed_five_times_and_stopping_early(command, undisturbed, project, tmp
     assert all("going on after step" in output for output in starts[2:]), starts
     assert not any("damaged" in output for output in starts)
     assert_same(workdir, expected)
+
+
+def test_every_variant_goes_on_as_it_was(command, undisturbed, project, tmp_path):
+    """DoRA's magnitudes, PiSSA's anchor, ranks, dropouts and rates by module: all of it is in the checkpoint."""
+    expected = undisturbed(SHAPE | VARIANTS)
+    arguments = project.arguments(tmp_path / "run", **SHAPE, **VARIANTS)
+    assert command.run(arguments, die=[str(tmp_path / "run/checkpoints"), 40]) == -signal.SIGKILL, (
+        command.output
+    )
+    assert command.run(arguments) == 0, command.output
+    assert "going on after step" in command.output
+    assert_same(tmp_path / "run", expected)
+    said = json.loads((expected / "best/adapter_config.json").read_text())
+    assert (said["r"], said["rank_pattern"], said["use_dora"]) == (2 * 7, {}, True)
+    curve = [json.loads(line) for line in (expected / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["eval/nll"] for line in curve if "eval/nll" in line]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.fixture

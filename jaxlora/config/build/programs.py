@@ -90,44 +90,24 @@ def state_shapes(config: Config, model: Model, steps: int) -> TrainState:
     return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
 
 
-def first_state(config: Config, model: Model, steps: int, base: Mapping[str, Any]) -> TrainState:
-    """The state before the first step: a new adapter, or the one of lora.init_from.
+def given_adapter(config: Config, model: Model) -> dict[str, Any] | None:
+    """The adapter of lora.init_from, None where there is none; refuses a start that is not possible.
 
-    Args:
-        base: the parameters; PiSSA and DoRA start from them.
     Raises:
-        InputError: lora.init_from is no adapter for this base, or another one than the config describes; or a rank that
-            PiSSA cannot give.
+        InputError: lora.init_from is no adapter for this base, or another one than the config describes; or a rank is
+            more than PiSSA can give.
     """
-    spec, key = lora_spec(config), jax.random.key(config.seed)
-    placements = jax.tree.map(lambda s: s.sharding, state_shapes(config, model, steps))
-    if config.lora.init_from:
-        given = _given(config, spec, model)
-        make = jax.jit(
-            lambda adapter: new_state(adapter, named(key, "train"), settings(config, steps)),
-            out_shardings=placements,
-        )
-        return make(given)
-    if config.lora.init.startswith("pissa"):
-        for path, kernel in adapted_kernels(model.shapes(), spec.targets).items():
-            rank, largest = spec.ranks[path[-1]], min(kernel.shape[1:])
-            if rank > largest:
-                raise InputError(
-                    f"lora.init = {config.lora.init} with rank {rank}: {path[-1]} {list(kernel.shape[1:])} has only "
-                    f"{largest} singular vectors; set --config.lora.rank={largest} or less."
-                )
-
-    def start(base: Mapping[str, Any]) -> TrainState:
-        adapter, anchor = variants.start(named(key, "adapter"), base, spec, config.lora.init)
-        return new_state(adapter, named(key, "train"), settings(config, steps), anchor)
-
-    options = compiler_options(model.mesh.devices.flat[0].platform)
-    return jax.jit(start, out_shardings=placements, compiler_options=options)(base)
-
-
-def _given(config: Config, spec: LoraSpec, model: Model) -> dict[str, Any]:
-    """The adapter of lora.init_from, which must be what the config describes."""
-    chosen = config.lora
+    spec, chosen = lora_spec(config), config.lora
+    if not chosen.init_from:
+        if chosen.init.startswith("pissa"):
+            for path, kernel in adapted_kernels(model.shapes(), spec.targets).items():
+                rank, largest = spec.ranks[path[-1]], min(kernel.shape[1:])
+                if rank > largest:
+                    raise InputError(
+                        f"lora.init = {chosen.init} with rank {rank}: {path[-1]} {list(kernel.shape[1:])} has only "
+                        f"{largest} singular vectors; set --config.lora.rank={largest} or less."
+                    )
+        return None
     if chosen.init != "kaiming" or chosen.rank_pattern:
         key = "rank_pattern" if chosen.rank_pattern else "init"
         raise InputError(
@@ -144,6 +124,32 @@ def _given(config: Config, spec: LoraSpec, model: Model) -> dict[str, Any]:
                 f"--config.lora.{name}={told[0]}."
             )
     return adapter
+
+
+def first_state(
+    config: Config,
+    model: Model,
+    steps: int,
+    base: Mapping[str, Any],
+    given: Mapping[str, Any] | None = None,
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+        base: the parameters; PiSSA and DoRA start from them.
+        given: the adapter to start from, by `given_adapter`; None for a new one.
+    """
+    spec, key = lora_spec(config), jax.random.key(config.seed)
+
+    def start(base: Mapping[str, Any], given: Mapping[str, Any] | None) -> TrainState:
+        adapter, anchor = given, {}
+        if adapter is None:
+            adapter, anchor = variants.start(named(key, "adapter"), base, spec, config.lora.init)
+        return new_state(dict(adapter), named(key, "train"), settings(config, steps), anchor)
+
+    placements = jax.tree.map(lambda s: s.sharding, state_shapes(config, model, steps))
+    options = compiler_options(model.mesh.devices.flat[0].platform)
+    return jax.jit(start, out_shardings=placements, compiler_options=options)(base, given)
 
 
 def effective_adapter(state: TrainState, base: Mapping[str, Any]) -> dict[str, Any]:
