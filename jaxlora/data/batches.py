@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from datasets import config as datasets_config
 
-from jaxlora.core.errors import InputError
+from jaxlora.core.errors import InputError, LayoutError
 from jaxlora.data.chat import ChatEncoder, Encoded
 from jaxlora.data.packing import efficiency, pack
 from jaxlora.data.sources import Source
@@ -139,8 +139,8 @@ def prepare(
     Returns:
         The examples, in the order of the source.
     Raises:
-        InputError: a row that cannot be read, rendered or trained on, named by file and row number; or nothing
-            left of any row within max_length.
+        InputError: a row that cannot be read, rendered or trained on, named by file and row number.
+        LayoutError: nothing is left of any row within max_length.
     """
     known = [FORMAT, source.fingerprint, encoder.fingerprint, max_length]
     path = _cache_folder(cache) / f"{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]}.npz"
@@ -152,8 +152,8 @@ def prepare(
     examples = Examples(**arrays, conversations=len(source), truncated=counts[0], dropped=counts[1],
                         max_length=max_length, name=", ".join(part.name for part in source.parts))  # fmt: skip
     if len(examples) == 0:
-        raise InputError(f"every conversation of {examples.name} loses all its trained tokens at data.max_length "
-                         f"{max_length:,}; raise it")  # fmt: skip
+        raise LayoutError(f"every conversation of {examples.name} loses all its trained tokens at data.max_length "
+                          f"{max_length:,}; raise it")  # fmt: skip
     return examples
 
 
@@ -162,7 +162,7 @@ def _encode(
 ) -> dict[str, np.ndarray]:
     ids, trained, rows = [], [], []
     truncated = dropped = 0
-    for start, encoded in _encoded_chunks(source, encoder):
+    for start, encoded in encoded_chunks(source, encoder):
         for row, example in enumerate(encoded, start):
             full = _last_target(example.trained)
             last = _last_target(example.trained[: max_length + 1])
@@ -190,11 +190,14 @@ def _last_target(trained: np.ndarray) -> int:
     return int(found[-1]) if len(found) else 0
 
 
-def _encoded_chunks(source: Source, encoder: ChatEncoder) -> Iterator[tuple[int, list[Encoded]]]:
-    """Yields (first conversation, encodings), in order.
+def encoded_chunks(source: Source, encoder: ChatEncoder) -> Iterator[tuple[int, list[Encoded]]]:
+    """Yields (first conversation, encodings) of `CHUNK` whole conversations at a time, in order.
 
     The tokenizer's own threads use every core, but Python's part before and after them uses one: two chunks at a time
     fill that gap. Threads, not processes: forking a process that holds JAX's threads can hang.
+
+    Raises:
+        InputError: a row that cannot be read, rendered or trained on, named by file and row number.
     """
 
     def encode(start: int) -> list[Encoded]:

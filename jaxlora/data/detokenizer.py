@@ -15,11 +15,13 @@ class Detokenizer:
     with those of the piece before it, because some tokenizers drop the space in front of the first word they decode.
 
     Args:
-        tokenizer: the model's; special tokens are left out of the text.
+        tokenizer: the model's.
+        special: whether special tokens are shown, and spaces left as they are; otherwise they are left out.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", special: bool = False):
         self._tokenizer = tokenizer
+        self._options = {"clean_up_tokenization_spaces": False} if special else {"skip_special_tokens": True}
         self._context: list[int] = []  # ids of the piece that came out last
         self._waiting: list[int] = []  # ids whose text has not come out yet
 
@@ -44,4 +46,4 @@ class Detokenizer:
         return text
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode(ids, **self._options))

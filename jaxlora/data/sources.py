@@ -17,7 +17,7 @@ import numpy as np
 from datasets import Dataset, Features, Value, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
-from jaxlora.core.errors import InputError
+from jaxlora.core.errors import InputError, LayoutError
 from jaxlora.data.rows import KINDS, OPTIONAL_COLUMNS, Conversation, read_row, recognise
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -157,7 +157,8 @@ def split_off_eval(source: Source, fraction: float, seed: int) -> tuple[Source, 
     Both keep the order of the source; the same source, fraction and seed always give the same rows.
 
     Raises:
-        InputError: a fraction outside (0, 1), or nothing left to train on.
+        InputError: a fraction outside (0, 1).
+        LayoutError: nothing would be left to train on.
     """
     if not 0 < fraction < 1:
         raise InputError(
@@ -165,7 +166,7 @@ def split_off_eval(source: Source, fraction: float, seed: int) -> tuple[Source, 
         )
     count = max(1, round(fraction * len(source)))
     if count >= len(source):
-        raise InputError(
+        raise LayoutError(
             f"data.eval_fraction {fraction} of {len(source)} rows leaves nothing to train on; "
             "give more rows, a smaller fraction, or data.eval"
         )

@@ -5,9 +5,10 @@ import json
 import math
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from jaxlora.core.errors import InputError
 
@@ -56,14 +57,21 @@ def _plain(value: Any) -> Any:
 
 def replace(file: Path, content: bytes) -> None:
     """Puts `content` in place of the file at once: a reader or a crash sees the old content or the new, never less."""
+    with replacing(file) as stream:
+        stream.write(content)
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[BinaryIO]:
+    """A stream whose content takes the file's place at once, when the block ends; not at all where it fails."""
     aside = file.with_name(file.name + ASIDE)
     try:
         with aside.open("wb") as stream:
-            stream.write(content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(aside, file)
-    except OSError:
+    except BaseException:
         aside.unlink(missing_ok=True)  # on a full disk the remains take the room that the next write needs
         raise
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlora.config.schema import Config
-from jaxlora.core.errors import InputError
+from jaxlora.core.errors import InputError, LayoutError
 from jaxlora.core.tree import unflatten
 from jaxlora.data.batches import Batches, EvalBatches, Examples, prepare
 from jaxlora.data.chat import ChatEncoder, load_tokenizer
@@ -79,12 +79,7 @@ def model(config: Config, weights: bool = True) -> Model:
     mesh = make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor), jax.devices())
     files = resolve_model(config.model.path, config.model.revision, weights=weights)
     spec = DecoderSpec.from_hf(files.config)
-    if config.data.max_length > spec.max_position_embeddings:
-        raise InputError(
-            f"data.max_length = {config.data.max_length}, but {config.model.path} was made for at most "
-            f"{spec.max_position_embeddings} positions; set --config.data.max_length={spec.max_position_embeddings} "
-            "or less."
-        )
+    check_positions(config, spec.max_position_embeddings)
     for key, rows in (
         ("train.micro_batch_size", config.train.micro_batch_size),
         ("eval.batch_size", config.eval.batch_size),
@@ -102,6 +97,15 @@ def model(config: Config, weights: bool = True) -> Model:
         activation_sharding=sharding.activation_sharding(mesh) if mesh.size > 1 else None,
     )
     return Model(files, spec, decoder, mesh)
+
+
+def check_positions(config: Config, positions: int) -> None:
+    """Raises a LayoutError when rows would be longer than what the base was made for."""
+    if config.data.max_length > positions:
+        raise LayoutError(
+            f"data.max_length = {config.data.max_length}, but {config.model.path} was made for at most "
+            f"{positions} positions; set --config.data.max_length={positions} or less."
+        )
 
 
 def base(model: Model, progress: Counter | None = None) -> dict[str, Any]:
@@ -173,11 +177,11 @@ def total_steps(config: Config, batches: Batches) -> int:
     """The run's optimiser steps, from train.max_steps or the epochs.
 
     Raises:
-        InputError: the warmup would not end within them.
+        LayoutError: the warmup would not end within them.
     """
     steps = config.train.max_steps or math.ceil(config.train.epochs * batches.steps_per_epoch)
     if config.optim.warmup_steps >= steps:
-        raise InputError(
+        raise LayoutError(
             f"optim.warmup_steps = {config.optim.warmup_steps}, but the run has {steps} steps "
             f"({config.train.epochs:g} epochs of {batches.steps_per_epoch}): it would never reach its learning rate.\n"
             f"Set it lower, for example --config.optim.warmup_steps={steps // 10}, or train for longer."

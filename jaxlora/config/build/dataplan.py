@@ -1,0 +1,235 @@
+"""What a config's data would give, from the tokenizer and the data alone: no weights, no decoder, no device."""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from huggingface_hub import try_to_load_from_cache
+from transformers import PreTrainedTokenizerBase
+
+from jaxlora.config.build.inputs import Counter, check_positions, data, total_steps
+from jaxlora.config.schema import Config, OptimConfig
+from jaxlora.core.errors import LayoutError
+from jaxlora.data.batches import Batches, EvalBatches, encoded_chunks
+from jaxlora.data.chat import ChatEncoder, Encoded, load_tokenizer
+from jaxlora.data.sources import Source
+from jaxlora.lora.spec import LoraSpec
+
+# JSON leaves these as they are, but terminals obey some and readers of lines end a line at others.
+_UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029]")
+
+
+def encoder(config: Config) -> ChatEncoder:
+    """The config's tokenizer and chat template; of a hub id, nothing else is fetched.
+
+    Raises:
+        InputError: no such folder or id, or no tokenizer in it.
+    """
+    tokenizer = load_tokenizer(config.model.path, config.model.revision)
+    return ChatEncoder(tokenizer, train_on=config.data.train_on)
+
+
+# ---- rows ---------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One conversation, whole: before data.max_length, packing and shuffling.
+
+    Attributes:
+        where: its file and row, in a person's words.
+        turns: of user and assistant; 0 for plain text.
+        encoded: its ids, and which of them are trained.
+    """
+
+    where: str
+    turns: int
+    encoded: Encoded
+
+    def json(self, tokenizer: PreTrainedTokenizerBase) -> bytes:
+        """A line of JSON: ids, trained (0 or 1 for each), and the text that the ids decode to."""
+        ids, trained = self.encoded.ids.tolist(), self.encoded.trained.astype(int).tolist()
+        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        line = json.dumps({"ids": ids, "trained": trained, "text": text}, ensure_ascii=False)
+        return (_UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n").encode()
+
+    def describe(self, max_length: int) -> str:
+        """Place and counts, and what data.max_length takes away, in a line for a person."""
+        trained = self.encoded.trained
+        total, lost = np.count_nonzero(trained), np.count_nonzero(trained[max_length + 1 :])
+        facts = [
+            f"{self.turns} turns" if self.turns else "plain text",
+            f"{len(trained):,} tokens",
+            f"{total:,} trained ({total / len(trained):.0%})",
+        ]
+        line = f"{self.where}: {', '.join(facts)}"
+        # Nothing predicts the first id, so a row with no other is as good as empty.
+        if not trained[1 : max_length + 1].any():
+            return f"{line}; dropped: nothing trained is left within data.max_length {max_length:,}"
+        return (
+            f"{line}; cut at data.max_length {max_length:,}: {lost:,} trained tokens lost" if lost else line
+        )
+
+
+def rows(source: Source, encoder: ChatEncoder, progress: Counter | None = None) -> Iterator[Row]:
+    """All conversations of a source, in its order.
+
+    Raises:
+        InputError: a row that cannot be read, rendered or trained on, named by file and row number.
+    """
+    for start, chunk in encoded_chunks(source, encoder):
+        conversations = source.conversations(start, start + len(chunk))
+        for i, (conversation, encoded) in enumerate(zip(conversations, chunk, strict=True), start):
+            roles = [] if isinstance(conversation, str) else [message["role"] for message in conversation]
+            yield Row(source.where(i), sum(role != "system" for role in roles), encoded)
+        if progress is not None:
+            progress(start + len(chunk), len(source))
+
+
+# ---- summary ------------------------------------------------------------------------------------------------------
+
+
+class Summary(NamedTuple):
+    """What a run would make of the data.
+
+    Attributes:
+        found: what was recognised, a line a data set.
+        counts: (label, of data.train, of the held-out data).
+        run: (label, value) of the schedule and the adapter; empty when there can be no run.
+        refusals: why a run would not start.
+    """
+
+    found: list[str]
+    counts: list[tuple[str, str, str]]
+    run: list[tuple[str, str]]
+    refusals: list[str]
+
+
+def summary(config: Config, encoder: ChatEncoder, progress: Counter | None = None) -> Summary:
+    """Encodes and lays out all the data, as training would.
+
+    Raises:
+        InputError: data that cannot be read or trained on. What merely does not fit the config is among the refusals.
+    """
+    found: list[str] = []
+    refusals: list[str] = []
+    model = model_config(config)
+    try:
+        if isinstance(positions := model.get("max_position_embeddings"), int):
+            check_positions(config, positions)
+    except LayoutError as error:
+        refusals.append(str(error))
+    try:
+        laid_out = data(config, encoder, found.append, progress)
+    except LayoutError as error:
+        return Summary(found, [], [], [*refusals, str(error)])
+    descriptions = [f"data.train: {laid_out.train_source.description}"]
+    if config.data.eval:
+        descriptions.append(f"data.eval: {laid_out.eval_source.description}")
+    else:
+        descriptions.append(f"held out: data.eval_fraction {config.data.eval_fraction:g} of data.train")
+    columns = zip(_counts(laid_out.train), _counts(laid_out.eval), strict=True)
+    counts = [(label, train, held_out) for (label, train), (_, held_out) in columns]
+    try:
+        run = _run(config, laid_out.train, total_steps(config, laid_out.train))
+    except LayoutError as error:
+        run = []
+        refusals.append(str(error))
+    run.append(("LoRA scale", _scale(config)))
+    if config.optim.label_smoothing:
+        run.append(("label smoothing", _smoothing(config.optim.label_smoothing, model, encoder)))
+    return Summary(descriptions, counts, run, refusals)
+
+
+def _counts(batches: Batches | EvalBatches) -> Iterator[tuple[str, str]]:
+    examples = batches.examples
+    trained = examples.trained_tokens
+    yield "conversations", f"{examples.conversations:,}"
+    yield "cut at data.max_length", f"{examples.truncated:,}"
+    yield "dropped there", f"{examples.dropped:,}"
+    yield "examples", f"{len(examples):,}"
+    yield "tokens", f"{examples.tokens:,}"
+    yield "trained tokens", f"{trained:,} ({trained / examples.tokens:.1%})"
+    yield "longest", f"{examples.lengths.max() + 1:,}"
+    yield f"rows of {batches.max_length:,}", f"{len(batches.rows):,} ({batches.efficiency:.1%} filled)"
+    steps = batches.steps_per_epoch if isinstance(batches, Batches) else batches.num_batches
+    yield "batches", f"{steps:,} of {batches.batch_size:,} rows"
+
+
+def _run(config: Config, train: Batches, steps: int) -> list[tuple[str, str]]:
+    optim, epochs = config.optim, steps / train.steps_per_epoch
+    return [
+        ("steps", f"{steps:,} ({epochs:.3g} epochs of {train.steps_per_epoch:,})"),
+        ("warmup", f"{optim.warmup_steps:,} steps ({optim.warmup_steps / steps:.1%} of the run)"),
+        (
+            "learning rate",
+            f"{optim.learning_rate:g}, then {optim.schedule} to {optim.final_fraction:.0%} of it",
+        ),
+        (
+            "weight decay",
+            f"{optim.weight_decay:g}: shrinks a weight by {100 * decay_budget(optim, steps):.2g}% over the run",
+        ),
+    ]
+
+
+def _scale(config: Config) -> str:
+    lora = config.lora
+    scale = LoraSpec(lora.rank, lora.alpha, scaling=lora.scaling).scale
+    denominator = f"rank {lora.rank}" if lora.scaling == "alpha/r" else f"sqrt(rank {lora.rank})"
+    return f"{scale:g} (alpha {lora.alpha:g} / {denominator})"
+
+
+def _smoothing(smoothing: float, model: Mapping[str, Any], encoder: ChatEncoder) -> str:
+    # The embedding may have more rows than the tokenizer has words, and the smoothing spreads over all of them.
+    size, origin = model.get("vocab_size"), "of config.json"
+    if not isinstance(size, int) or size < 1:
+        size, origin = len(encoder.tokenizer), "of the tokenizer"
+    return (
+        f"{smoothing:g} over {size:,} words ({origin}): the objective cannot fall below "
+        f"{smoothing_floor(smoothing, size):.3f} nats; nll is never smoothed"
+    )
+
+
+def model_config(config: Config) -> dict[str, Any]:
+    """The base's config.json, or {} where there is none to be read: the data needs none."""
+    folder = Path(config.model.path).expanduser()
+    file = folder / "config.json"
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(
+            config.model.path, "config.json", revision=config.model.revision or None
+        )
+        if not isinstance(cached, str):
+            return {}
+        file = Path(cached)
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def decay_budget(optim: OptimConfig, steps: int) -> float:
+    """`training.optimizer.decay_budget` without a device, from the sum of the schedule's rates in closed form.
+
+    peak * ((W - 1) / 2 + n f + (1 - f) (n + 1) / 2)  for W warmup steps, n = steps - W after them, and a final
+    fraction f: over its n steps the cosine itself adds up to 1, its first value, since the others cancel in pairs.
+    """
+    after = steps - optim.warmup_steps
+    rising = max(0, optim.warmup_steps - 1) / 2
+    falling = after * optim.final_fraction + (1 - optim.final_fraction) * (after + 1) / 2
+    return -math.expm1(-optim.weight_decay * optim.learning_rate * (rising + falling))
+
+
+def smoothing_floor(smoothing: float, vocabulary: int) -> float:
+    """The least that a label-smoothed loss can be, in nats: the entropy of its target distribution.
+
+    With q = s / V on each wrong word and p = 1 - s + s / V on the right one: -p ln p - (V - 1) q ln q.
+    """
+    if not smoothing:
+        return 0.0
+    wrong = smoothing / vocabulary
+    right = 1 - smoothing + wrong
+    return -right * math.log(right) - (vocabulary - 1) * wrong * math.log(wrong)
