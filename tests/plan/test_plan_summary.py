@@ -39,6 +39,17 @@ def test_the_summary(call, encoder, folder, tmp_path):
     assert "training would refuse" not in out
 
 
+def test_what_differs_by_module_or_matrix(call):
+    code, out, _ = call(
+        lora__rank_pattern="('down_proj=4','*attn*=8')", optim__loraplus_lr_ratio=16,
+        optim__weight_decay=0.5, optim__learning_rate=1e-2, train__max_steps=100, lora__scaling="rslora",
+    )  # fmt: skip
+    assert code == 0
+    assert "8 (alpha 32 / sqrt(rank 16): gate_proj, up_proj); 16 (alpha 32 / sqrt(rank 4): down_proj)" in out
+    # The sum of the rates is 0.01 x (1/2 + 99/2): shrunk by 1 - exp(-0.25), and B by 1 - exp(-4).
+    assert "0.5: shrinks a weight by 22% (B by 98%) over the run" in out
+
+
 def test_the_held_out_part(call):
     code, out, _ = call(data__eval="", data__eval_fraction=0.25)
     assert code == 0

@@ -1,5 +1,6 @@
 """What a config's data would give, from the tokenizer and the data alone: no weights, no decoder, no device."""
 
+import dataclasses
 import json
 import math
 import re
@@ -12,12 +13,12 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
 from jaxlora.config.build.inputs import Counter, check_positions, data, total_steps
+from jaxlora.config.build.programs import lora_spec
 from jaxlora.config.schema import Config, OptimConfig
 from jaxlora.core.errors import LayoutError
 from jaxlora.data.batches import Batches, EvalBatches, encoded_chunks
 from jaxlora.data.chat import ChatEncoder, Encoded, load_tokenizer
 from jaxlora.data.sources import Source
-from jaxlora.lora.spec import LoraSpec
 
 # JSON leaves these as they are, but terminals obey some and readers of lines end a line at others.
 _UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029]")
@@ -161,6 +162,11 @@ def _counts(batches: Batches | EvalBatches) -> Iterator[tuple[str, str]]:
 
 def _run(config: Config, train: Batches, steps: int) -> list[tuple[str, str]]:
     optim, epochs = config.optim, steps / train.steps_per_epoch
+    shrinks = f"{100 * decay_budget(optim, steps):.2g}%"
+    if optim.loraplus_lr_ratio != 1:
+        # What LoRA+ trains faster decays faster.
+        faster = dataclasses.replace(optim, learning_rate=optim.learning_rate * optim.loraplus_lr_ratio)
+        shrinks += f" (B by {100 * decay_budget(faster, steps):.2g}%)"
     return [
         ("steps", f"{steps:,} ({epochs:.3g} epochs of {train.steps_per_epoch:,})"),
         ("warmup", f"{optim.warmup_steps:,} steps ({optim.warmup_steps / steps:.1%} of the run)"),
@@ -168,18 +174,21 @@ def _run(config: Config, train: Batches, steps: int) -> list[tuple[str, str]]:
             "learning rate",
             f"{optim.learning_rate:g}, then {optim.schedule} to {optim.final_fraction:.0%} of it",
         ),
-        (
-            "weight decay",
-            f"{optim.weight_decay:g}: shrinks a weight by {100 * decay_budget(optim, steps):.2g}% over the run",
-        ),
+        ("weight decay", f"{optim.weight_decay:g}: shrinks a weight by {shrinks} over the run"),
     ]
 
 
 def _scale(config: Config) -> str:
-    lora = config.lora
-    scale = LoraSpec(lora.rank, lora.alpha, scaling=lora.scaling).scale
-    denominator = f"rank {lora.rank}" if lora.scaling == "alpha/r" else f"sqrt(rank {lora.rank})"
-    return f"{scale:g} (alpha {lora.alpha:g} / {denominator})"
+    spec = lora_spec(config)
+    form = "rank {}" if spec.scaling == "alpha/r" else "sqrt(rank {})"
+    found: dict[int, list[str]] = {}
+    for name, rank in spec.ranks.items():
+        found.setdefault(rank, []).append(name)
+    return "; ".join(
+        f"{spec.scales[names[0]]:.4g} (alpha {spec.alpha:g} / {form.format(rank)}"
+        + (f": {', '.join(names)})" if len(found) > 1 else ")")
+        for rank, names in found.items()
+    )
 
 
 def _smoothing(smoothing: float, model: Mapping[str, Any], encoder: ChatEncoder) -> str:
