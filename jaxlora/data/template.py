@@ -10,13 +10,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from jaxlora.core.errors import InputError
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 _MARK = re.compile(r"slot(\d{6})mark")
 # Different lengths, so that the length by which a literal has grown tells which of the two were kept.
@@ -40,6 +40,16 @@ class ConversationError(InputError):
     def __init__(self, index: int, reason: str):
         super().__init__(f"conversation {index + 1}: {reason}")
         self.index, self.reason = index, reason
+
+
+def changes_what_it_has_shown(message: int) -> InputError:
+    """The refusal of a template of which a conversation's beginning is not the rendering of the beginning."""
+    return InputError(
+        f"the chat template shows the assistant's message {message + 1}, or what comes before it, differently once "
+        "the conversation goes on (as templates of reasoning models do), so the model would learn to answer other "
+        "text than it is given; let each conversation end with its first answer, or put a chat_template.jinja that "
+        "never changes what it has shown into the model's folder"
+    )
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,20 @@ class ChatTemplate:
                     raise ConversationError(index, f"the chat template does not render: {error}") from None
             raise
 
+    def render_one(
+        self, messages: Messages, *, tools: list[dict[str, Any]] | None = None, generation: bool = False
+    ) -> str:
+        """The template's rendering of one conversation, with the descriptions of the tools it may call.
+
+        Raises:
+            InputError: the template refuses it (with its own reason).
+        """
+        options = {"tokenize": False, "add_generation_prompt": generation, "chat_template": self.source}
+        try:
+            return cast(str, self._tokenizer.apply_chat_template(messages, tools=tools, **options))
+        except Exception as error:  # a template is someone's program and may raise anything
+            raise InputError(f"the chat template does not render: {error}") from None
+
     def layout(self, roles: tuple[str, ...], *, generation: bool = False) -> Layout:
         """Where the contents of messages with these roles come out.
 
@@ -106,6 +130,24 @@ class ChatTemplate:
         if key not in self._layouts:
             self._layouts[key] = self._find_layout(roles, generation)
         return self._layouts[key]
+
+    def rewritten(
+        self, roles: tuple[str, ...], contents: list[str], rendered: str, *, generation: bool = False
+    ) -> InputError:
+        """The refusal of a conversation that is not rendered as its layout says: the first message that differs."""
+        at, where = 0, len(roles) - 1
+        for part in self.layout(roles, generation=generation):
+            text = part if isinstance(part, str) else part.fill(contents)
+            where = where if isinstance(part, str) else part.message
+            if not rendered.startswith(text, at):
+                break
+            at += len(text)
+        return InputError(
+            f"the chat template rewrites the text of message {where + 1} (the {roles[where]}'s) or drops a part of it, "
+            "as templates of reasoning models do with the reasoning of earlier answers, so what is trained cannot be "
+            "told from what is not; write the message as the template shows it, or put a chat_template.jinja that "
+            "shows messages as they are into the model's folder"
+        )
 
     def keep_system(self, messages: Messages) -> Messages:
         """The messages with a system message placed where the template does not lose it.
@@ -123,7 +165,10 @@ class ChatTemplate:
             return messages
         *_, last_user = (i for i, message in enumerate(messages) if message["role"] == "user")
         content = messages[0]["content"] + self._late_system_joint + messages[last_user]["content"]
-        return [*messages[1:last_user], {"role": "user", "content": content}, *messages[last_user + 1 :]]
+        kept = [*messages[1:last_user], {"role": "user", "content": content}, *messages[last_user + 1 :]]
+        if "tools" in messages[0]:
+            kept[0] = {**kept[0], "tools": messages[0]["tools"]}
+        return kept
 
     @cached_property
     def _late_system_joint(self) -> str | None:
@@ -185,3 +230,12 @@ class ChatTemplate:
             raise InputError(error.reason) from None
         pieces = _MARK.split(text)
         return tuple(Slot(int(piece)) if i % 2 else piece for i, piece in enumerate(pieces))
+
+
+def begins(layout: Layout, beginning: Layout) -> bool:
+    """Whether a conversation with this layout begins as the other layout says."""
+    for part, start in zip(layout, beginning, strict=False):
+        if part != start:
+            last = start is beginning[-1]
+            return last and isinstance(part, str) and isinstance(start, str) and part.startswith(start)
+    return len(beginning) <= len(layout)
