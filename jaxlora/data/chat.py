@@ -148,7 +148,9 @@ class ChatEncoder:
         check_order(messages)
         queue = Queue(self._text, offsets=False)
         if has_tools(messages):
-            pieces = self._cut_with_tools(self.template.keep_system(messages), queue, generation=True)
+            pieces = self._cut_with_tools(
+                self.template.keep_system(messages, generation=True), queue, generation=True
+            )
         else:
             rendered = self.template.render([messages], generation=True)
             pieces = self._cut_conversation(messages, rendered[0], queue, generation=True)

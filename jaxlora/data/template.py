@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from jaxlora.core.errors import InputError
@@ -52,6 +53,19 @@ def changes_what_it_has_shown(message: int) -> InputError:
     )
 
 
+def _why_not_rendered(error: Exception) -> str:
+    """The reason a template gives for not rendering a conversation.
+
+    Raises:
+        InputError: it is no template, and would render none.
+    """
+    if isinstance(error, TemplateSyntaxError):
+        raise InputError(f"the model's chat template is not valid jinja (line {error.lineno}: {error.message}); mend "
+                         "the chat_template.jinja in its folder") from None  # fmt: skip
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".!")
+    return f"the chat template does not render this conversation: {reason}; change the conversation, or leave it out"
+
+
 @dataclass(frozen=True)
 class Slot:
     """Where the content of one message comes out, and whether the template trims it first."""
@@ -84,7 +98,7 @@ class ChatTemplate:
         except ValueError:
             raise InputError(
                 f"the tokenizer of {tokenizer.name_or_path} has no chat template; use a chat model, or put a "
-                "chat_template.jinja into the model's folder"
+                "chat_template.jinja into the model's folder (of the model it was made from, or ChatML's)"
             ) from None
         self._tokenizer = tokenizer
         self._layouts: dict[tuple[tuple[str, ...], bool], Layout] = {}
@@ -94,6 +108,7 @@ class ChatTemplate:
 
         Raises:
             ConversationError: the template refuses a conversation (with its own reason).
+            InputError: it is no template.
         """
         options = {"tokenize": False, "add_generation_prompt": generation, "chat_template": self.source}
         try:
@@ -103,7 +118,7 @@ class ChatTemplate:
                 try:
                     self._tokenizer.apply_chat_template(list(messages), **options)
                 except Exception as error:
-                    raise ConversationError(index, f"the chat template does not render: {error}") from None
+                    raise ConversationError(index, _why_not_rendered(error)) from None
             raise
 
     def render_one(
@@ -118,7 +133,7 @@ class ChatTemplate:
         try:
             return cast(str, self._tokenizer.apply_chat_template(messages, tools=tools, **options))
         except Exception as error:  # a template is someone's program and may raise anything
-            raise InputError(f"the chat template does not render: {error}") from None
+            raise InputError(_why_not_rendered(error)) from None
 
     def layout(self, roles: tuple[str, ...], *, generation: bool = False) -> Layout:
         """Where the contents of messages with these roles come out.
@@ -143,27 +158,30 @@ class ChatTemplate:
                 break
             at += len(text)
         return InputError(
-            f"the chat template rewrites the text of message {where + 1} (the {roles[where]}'s) or drops a part of it, "
-            "as templates of reasoning models do with the reasoning of earlier answers, so what is trained cannot be "
+            f"the chat template rewrites the text of message {where + 1} (the {roles[where]}'s) or drops a part of it "
+            "(as templates of reasoning models drop the reasoning of earlier answers), so what is trained cannot be "
             "told from what is not; write the message as the template shows it, or put a chat_template.jinja that "
             "shows messages as they are into the model's folder"
         )
 
-    def keep_system(self, messages: Messages) -> Messages:
+    def keep_system(self, messages: Messages, *, generation: bool = False) -> Messages:
         """The messages with a system message placed where the template does not lose it.
 
         Mistral v0.3's template shows the system message with the last user message, but only while that message is
         the very last: in a conversation that ends with the assistant, the system message disappears. Mistral's own
         tokenizer (mistral-common) keeps it with the last user message, and so do we: it is written in front of
-        that message here, exactly as the template would have written it.
+        that message here, exactly as the template would have written it. Where nobody is asked for an answer
+        (`generation`), it is the last one that was answered: after that, there is nothing to learn.
         """
-        if (
-            messages[0]["role"] != "system"
-            or messages[-1]["role"] == "user"
-            or self._late_system_joint is None
-        ):
+        if messages[0]["role"] != "system" or self._late_system_joint is None:
             return messages
-        *_, last_user = (i for i, message in enumerate(messages) if message["role"] == "user")
+        users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not generation and answers:
+            users = [i for i in users if i < answers[-1]]
+        elif messages[-1]["role"] == "user":
+            return messages
+        last_user = users[-1]
         content = messages[0]["content"] + self._late_system_joint + messages[last_user]["content"]
         kept = [*messages[1:last_user], {"role": "user", "content": content}, *messages[last_user + 1 :]]
         if "tools" in messages[0]:
@@ -192,7 +210,8 @@ class ChatTemplate:
         for message, role in enumerate(roles):
             if message not in seen:
                 raise InputError(f"the chat template leaves out the {role} message (message {message + 1} of "
-                                 f"{len(roles)}), so its text would be lost")  # fmt: skip
+                                 f"{len(roles)}), so its text would be lost; remove the message, or put a "
+                                 "chat_template.jinja that always shows it into the model's folder")  # fmt: skip
             if role == "assistant" and seen.count(message) > 1:
                 raise InputError(
                     f"the chat template shows the assistant's message {message + 1} more than once"

@@ -137,8 +137,7 @@ class ToolTemplate:
         Raises:
             InputError: more results than calls.
         """
-        given = any("tool_call_id" in m or any("id" in c for c in m.get("tool_calls", ())) for m in messages)
-        if given or not self.needs_ids:
+        if self._has_ids(messages) or not self.needs_ids:
             return messages
         numbered, count = [], 0
         open_ids: list[str] = []
@@ -155,6 +154,10 @@ class ToolTemplate:
                 message = {**message, "tool_call_id": open_ids.pop(0)}
             numbered.append(message)
         return numbered
+
+    @staticmethod
+    def _has_ids(messages: Messages) -> bool:
+        return any("tool_call_id" in m or any("id" in c for c in m.get("tool_calls", ())) for m in messages)
 
     def trace(
         self, messages: Messages, controls: re.Pattern[str], *, generation: bool = False, spoken: bool = True
@@ -178,9 +181,8 @@ class ToolTemplate:
                     f"it has tools, which the model's chat template does not show ({error}); use a model whose "
                     "template does, as Qwen2.5's or Mistral v0.3's, or remove them"
                 ) from None
-            if self.needs_ids and "does not render" in str(error):
-                raise InputError(f"{error} (leave out the ids of all calls and results of this conversation, and they "
-                                 "are numbered)") from None  # fmt: skip
+            if self.needs_ids and self._has_ids(messages) and "does not render" in str(error):
+                raise InputError(f"{error} (without any id, its calls and results are numbered)") from None
             raise
 
     def _render(self, messages: Messages, *, generation: bool = False) -> str:

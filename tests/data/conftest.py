@@ -94,7 +94,7 @@ def metaspace(template: str | None = LATE_SYSTEM) -> PreTrainedTokenizerBase:
     backend.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
     special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
     special += ["[TOOLS]", "[/TOOLS]", "[CALLS]", "[RESULT]", "[/RESULT]"]
-    alphabet = sorted(set("".join(CORPUS)) | set("\n▁.,<>[]/|_Bb{}") | set('"\\:INSTOLCAREU'))
+    alphabet = ["\n", *map(chr, range(33, 127)), "▁"]
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)  # type: ignore[call-arg]
     backend.train_from_iterator(["▁".join(["", *text.split()]) for text in CORPUS], trainer)
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])

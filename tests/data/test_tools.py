@@ -143,7 +143,9 @@ def test_given_ids_are_kept(mistral_tools, chatml_tools, spell):
 
 def test_wrong_ids_are_refused_with_the_remedy(mistral_tools):
     messages = [user("?", [LOOK]), calling(call(id="call_1", where="in")), result("x", tool_call_id="call_1")]
-    with pytest.raises(ConversationError, match=r"ids have 9 characters .*leave out the ids .* numbered"):
+    with pytest.raises(
+        ConversationError, match=r"ids have 9 characters; .*without any id, its calls and results are numb"
+    ):
         mistral_tools.encode_batch([messages])
     with pytest.raises(ConversationError, match="message 4 is one result more than there are calls"):
         mistral_tools.encode_batch([[user("?", [LOOK]), calling(call(where="in")), result("x"), result("y")]])
