@@ -23,7 +23,7 @@ from jaxlora.data.template import ConversationError
 Batch = dict[str, np.ndarray]
 """[B, T] arrays: tokens, targets, segments, positions int32; weights float32."""
 
-FORMAT = 1
+FORMAT = 2
 """Version of the encoding and of its cache: raised whenever the same input would give other arrays."""
 
 CHUNK = 500

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -24,9 +24,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from jaxlora.core.errors import InputError
+from jaxlora.data.cutting import Plan, Run, cut_parts, fill_plan, text_of, unended
 from jaxlora.data.pieces import Piece, Queue, TextTokenizer, any_of
 from jaxlora.data.rows import Conversation, Message, check_order
-from jaxlora.data.template import ChatTemplate, ConversationError, Slot
+from jaxlora.data.template import ChatTemplate, ConversationError, Slot, begins, changes_what_it_has_shown
+from jaxlora.data.tools import ToolTemplate, has_tools
 
 
 class Encoded(NamedTuple):
@@ -34,18 +36,6 @@ class Encoded(NamedTuple):
 
     ids: np.ndarray
     trained: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What stands between two special tokens and holds at least one message; tokenised as one piece."""
-
-    parts: tuple[str | Slot, ...]
-    first: bool  # nothing stands before it: some tokenizers put a space there, and only there
-
-
-_Plan = tuple[Piece | _Run, ...]
-"""A layout, cut at its special tokens; what holds no message is known in advance."""
 
 
 def load_tokenizer(path: str, revision: str = "") -> PreTrainedTokenizerBase:
@@ -106,12 +96,14 @@ class ChatEncoder:
         self._no_template: InputError | None = None
         try:
             self._template = ChatTemplate(tokenizer)
+            self._tools = ToolTemplate(self._template)
         except InputError as error:  # rows of text need none, so this is said when a conversation comes
             self._no_template = error
         self._controls = self._find_controls(self._backend.get_added_tokens_decoder())
         self._control_pattern = any_of(self._controls)
         self._text = TextTokenizer(self._backend, self._controls)
-        self._plans: dict[tuple[tuple[str, ...], bool], _Plan] = {}
+        self._plans: dict[tuple[tuple[str, ...], bool], Plan] = {}
+        self._consistent: set[tuple[str, ...]] = set()
         template = self._template.source if self._template else ""
         specials = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
         known = "\0".join([self._backend.to_str(), template, specials, train_on])
@@ -155,8 +147,13 @@ class ChatEncoder:
         """
         check_order(messages)
         queue = Queue(self._text, offsets=False)
-        rendered = self.template.render([messages], generation=True)
-        pieces = self._cut_conversation(messages, rendered[0], queue, generation=True)
+        if has_tools(messages):
+            pieces = self._cut_with_tools(
+                self.template.keep_system(messages, generation=True), queue, generation=True
+            )
+        else:
+            rendered = self.template.render([messages], generation=True)
+            pieces = self._cut_conversation(messages, rendered[0], queue, generation=True)
         queue.run()
         return self._join(pieces, queue).ids
 
@@ -174,33 +171,32 @@ class ChatEncoder:
                     continue  # not every template takes a system message
                 written = "\0".join(part for part in layout if isinstance(part, str))
                 controls |= {token: others[token] for token in any_of(others).findall(written)}
+            controls |= {token: others[token] for token in any_of(others).findall(self._tools.written)}
         return controls
 
-    def _plan(self, roles: tuple[str, ...], *, generation: bool = False) -> _Plan:
+    def _plan(self, roles: tuple[str, ...], *, generation: bool = False) -> Plan:
         if (roles, generation) not in self._plans:
             self._plans[roles, generation] = self._make_plan(roles, generation)
         return self._plans[roles, generation]
 
-    def _make_plan(self, roles: tuple[str, ...], generation: bool) -> _Plan:
+    def _make_plan(self, roles: tuple[str, ...], generation: bool) -> Plan:
         """Cuts the layout at its special tokens, and finds the one that ends each assistant turn."""
-        plan: list[Piece | _Run] = []
+        plan: list[Piece | Run] = []
         run: list[str | Slot] = []
         open_turn = False
 
         def close_run() -> None:
             if any(isinstance(part, Slot) for part in run):
-                plan.append(_Run(tuple(run), first=not plan))
+                plan.append(Run(tuple(run), first=not plan))
             elif run:
                 text = "".join(map(str, run))
                 plan.append(Piece(text, self._text.ids(text, first=not plan)))
             run.clear()
 
-        unended = InputError("the chat template does not end the assistant's turns with a special token, so the "
-                             "model could not learn to stop; use a template that does")  # fmt: skip
         for part in self.template.layout(roles, generation=generation):
             if isinstance(part, Slot):
                 if open_turn:
-                    raise unended
+                    raise unended()
                 open_turn = roles[part.message] == "assistant"
                 run.append(part)
                 continue
@@ -213,18 +209,20 @@ class ChatEncoder:
                     run.append(piece)
         close_run()
         if open_turn:
-            raise unended
+            raise unended()
         self._check_plan(tuple(plan), len(roles))
         return tuple(plan)
 
-    def _check_plan(self, plan: _Plan, messages: int) -> None:
+    def _check_plan(self, plan: Plan, messages: int) -> None:
         """Piece by piece must give the ids of the whole text: a tokenizer that looks across its specials is refused."""
         contents = [f"Probe {i}, as plain as it gets." for i in range(messages)]
         queue = Queue(self._text, offsets=False)
-        pieces = _fill(plan, contents, queue, trained=frozenset())
+        self._check_pieces(fill_plan(plan, contents, queue, trained=frozenset()), queue)
+
+    def _check_pieces(self, pieces: list[Piece], queue: Queue) -> None:
         queue.run()
         # Asked through transformers, which says how specials are to be read: the backend keeps what was last said.
-        text = _text_of(pieces)
+        text = text_of(pieces)
         whole = self.tokenizer(text, verbose=False, add_special_tokens=False, split_special_tokens=False)[
             "input_ids"
         ]
@@ -238,28 +236,31 @@ class ChatEncoder:
         """The pieces of every conversation, with those that need tokenising put into the queue."""
         chats = {i: row for i, row in enumerate(conversations) if not isinstance(row, str)}
         for i, messages in chats.items():
-            answers = [message["content"] for message in messages if message["role"] == "assistant"]
-            if self.train_on == "assistant" and not any(answer.strip() for answer in answers):
+            answers = [m for m in messages if m["role"] == "assistant"]
+            if self.train_on == "assistant" and not any(
+                m["content"].strip() or "tool_calls" in m for m in answers
+            ):
                 raise ConversationError(
                     i, "no assistant turn in it has any text, so nothing in it would be trained"
                 )
             chats[i] = self.template.keep_system(messages)
-        places = list(chats)
+        places = [i for i, messages in chats.items() if not has_tools(messages)]
         try:
-            rendered = dict(
-                zip(places, self.template.render(list(chats.values())) if chats else [], strict=True)
-            )
+            texts = self.template.render([chats[i] for i in places]) if places else []
+            rendered = dict(zip(places, texts, strict=True))
         except ConversationError as error:
             raise ConversationError(places[error.index], error.reason) from None
         cut = []
         for i, row in enumerate(conversations):
-            if isinstance(row, str):
-                if not row:
-                    raise ConversationError(i, "its text is empty, so nothing in it would be trained")
-                cut.append([queue.put_document(row)])
-                continue
             try:
-                cut.append(self._cut_conversation(chats[i], rendered[i], queue))
+                if isinstance(row, str):
+                    if not row:
+                        raise InputError("its text is empty, so nothing in it would be trained")
+                    cut.append([queue.put_document(row)])
+                elif i in rendered:
+                    cut.append(self._cut_conversation(chats[i], rendered[i], queue))
+                else:
+                    cut.append(self._cut_with_tools(chats[i], queue))
             except InputError as error:
                 raise ConversationError(i, str(error)) from None
         return cut
@@ -270,11 +271,43 @@ class ChatEncoder:
         roles = tuple(message["role"] for message in messages)
         assistant = frozenset(i for i, role in enumerate(roles) if role == "assistant")
         plan = self._plan(roles, generation=generation)
-        pieces = _fill(plan, [message["content"] for message in messages], queue, trained=assistant)
-        if _text_of(pieces) != rendered:
-            raise InputError("the chat template rewrites the text of this conversation's messages, so what is "
-                             "trained cannot be told from what is not")  # fmt: skip
+        contents = [message["content"] for message in messages]
+        pieces = fill_plan(plan, contents, queue, trained=assistant)
+        if text_of(pieces) != rendered:
+            raise self.template.rewritten(roles, contents, rendered, generation=generation)
+        if not generation and self.train_on == "assistant" and roles not in self._consistent:
+            self._check_beginnings(roles)
         return pieces
+
+    def _check_beginnings(self, roles: tuple[str, ...]) -> None:
+        """Refuses a template that shows the beginning of a conversation otherwise than as a conversation of its own.
+
+        Each answer has to be learned after the text after which it will be asked for. (Mistral v0.3's system message,
+        the one exception, is a part of the last user message by now.)
+        """
+        plan, layout = self._plan(roles), self.template.layout(roles)
+        for k in [i for i, role in enumerate(roles) if role == "assistant"]:
+            beginning = self._plan(roles[: k + 1])
+            end = 1 + max(i for i, step in enumerate(beginning) if isinstance(step, Piece) and step.trained)
+            asked = self.template.layout(roles[:k], generation=True)
+            if plan[:end] != beginning[:end] or not begins(layout, asked):
+                raise changes_what_it_has_shown(k)
+        self._consistent.add(roles)
+
+    @cached_property
+    def _turn_end(self) -> str:
+        """The special token that ends an assistant turn."""
+        plan = self._plan(("user", "assistant"))
+        return next(step.text for step in plan if isinstance(step, Piece) and step.trained)
+
+    def _cut_with_tools(
+        self, messages: list[Message], queue: Queue, *, generation: bool = False
+    ) -> list[Piece]:
+        messages = self._tools.with_ids(messages)
+        spoken = self.train_on == "assistant" and not generation
+        parts = self._tools.trace(messages, self._control_pattern, generation=generation, spoken=spoken)
+        calling = frozenset(i for i, message in enumerate(messages) if "tool_calls" in message)
+        return cut_parts(parts, calling, self._turn_end, self._controls, queue)
 
     def _join(self, pieces: Sequence[Piece], queue: Queue, *, document: bool = False) -> Encoded:
         everything = document or self.train_on == "all"
@@ -293,25 +326,3 @@ class ChatEncoder:
         for a, b in ranges:
             trained[a:b] = True
         return Encoded(np.array(ids, np.int32), trained)
-
-
-def _fill(plan: _Plan, contents: Sequence[str], queue: Queue, *, trained: frozenset[int]) -> list[Piece]:
-    pieces = []
-    for step in plan:
-        if isinstance(step, Piece):
-            pieces.append(step)
-            continue
-        texts, spans, at = [], [], 0
-        for part in step.parts:
-            text = part if isinstance(part, str) else part.fill(contents)
-            if text and not isinstance(part, str) and part.message in trained:
-                spans.append((at, at + len(text)))
-            texts.append(text)
-            at += len(text)
-        if at:
-            pieces.append(queue.put("".join(texts), spans, first=step.first))
-    return pieces
-
-
-def _text_of(pieces: Sequence[Piece]) -> str:
-    return "".join([piece.text for piece in pieces])

@@ -14,26 +14,40 @@ from typing import Any
 
 import datasets
 import numpy as np
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import Dataset, Features, ReadInstruction, Value, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from jaxlora.core.errors import InputError, LayoutError
 from jaxlora.data.rows import KINDS, OPTIONAL_COLUMNS, Conversation, read_row, recognise
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+JSON_ROW = " the row as JSON"
+"""Column of a file that is kept as text: begins with a space, as no column of a person's file does."""
+
+_TOOLS = re.compile(
+    rb'"(?:tools|tool_calls)"'
+)  # in JSON text, quotation marks inside a string have a backslash
 
 
 @dataclass(frozen=True)
 class Part:
-    """One file or hub data set: its rows, and how they are read."""
+    """One file or hub data set: its rows, and how they are read.
+
+    Attributes:
+        name: as the person gave it.
+        rows: a column for each column of the file; or one, `JSON_ROW`, with every row as its JSON text.
+        columns: of the file.
+        kind: a key of `KINDS`.
+    """
 
     name: str
     rows: Dataset
+    columns: tuple[str, ...]
     kind: str
 
     def describe(self) -> str:
         used = (*KINDS[self.kind], *OPTIONAL_COLUMNS.get(self.kind, ()))
-        unused = [column for column in self.rows.column_names if column not in used]
+        unused = [column for column in self.columns if column not in used]
         note = f" (not used: {', '.join(unused)})" if unused else ""
         return f"{self.name}: {len(self.rows):,} rows of {self.kind}{note}"
 
@@ -79,10 +93,14 @@ class Source:
         found: list[Conversation] = []
         for part, rows in self._by_part(start, stop):
             columns = part.rows[rows]
+            texts = columns.get(JSON_ROW)
             for position, row in enumerate(rows):
-                values = {column: cells[position] for column, cells in columns.items()}
+                if texts is None:
+                    values = {column: cells[position] for column, cells in columns.items()}
+                else:
+                    values = {**dict.fromkeys(part.columns), **json.loads(texts[position])}
                 try:
-                    found.append(read_row(part.kind, values))
+                    found.append(read_row(part.kind, values, exact=texts is not None))
                 except InputError as error:
                     raise InputError(f"{part.name}, row {row + 1}: {error}") from None
         return found
@@ -136,12 +154,12 @@ def load_conversations(
         )
     parts, digests = [], []
     for done, name in enumerate(names):
-        rows, digest = (
+        rows, columns, digest = (
             _load_file(Path(name).expanduser(), name, split) if _is_file(name) else _load_hub(name, split)
         )
         if len(rows) == 0:
             raise InputError(f"{name} holds no rows; expected at least one conversation")
-        parts.append(Part(name, rows, recognise(rows.column_names, name)))
+        parts.append(Part(name, rows, columns, recognise(columns, name)))
         digests.append(digest)
         if progress is not None:
             progress(done + 1, len(names))
@@ -184,8 +202,8 @@ def _is_file(name: str) -> bool:
     return path.suffix.lower() in READERS or path.exists() or name.startswith(("/", "./", "../", "~"))
 
 
-def _load_file(path: Path, name: str, split: str) -> tuple[Dataset, str]:
-    """Reads a local file through datasets; the fingerprint is the hash of its bytes."""
+def _load_file(path: Path, name: str, split: str) -> tuple[Dataset, tuple[str, ...], str]:
+    """Reads a local file through datasets, as (rows, the file's columns, the hash of its bytes)."""
     reader = READERS.get(path.suffix.lower())
     if not path.exists():
         raise InputError(f"{name} does not exist; data.train and data.eval take a hub id or an existing file")
@@ -195,7 +213,7 @@ def _load_file(path: Path, name: str, split: str) -> tuple[Dataset, str]:
         raise InputError(f"{name} ends in {path.suffix or 'nothing'}; files are read as {', '.join(READERS)}")
     if path.stat().st_size == 0:
         raise InputError(f"{name} is empty; expected at least one conversation")
-    digest = _content_hash(path, name, text=reader != "parquet")
+    digest, tools = _content_hash(path, name, text=reader != "parquet")
     options: dict[str, Any] = {}
     if reader == "csv":
         # Everything is text: pandas would read "007" as 7 and "NA" as nothing.
@@ -206,23 +224,63 @@ def _load_file(path: Path, name: str, split: str) -> tuple[Dataset, str]:
         }
     try:
         with _quiet_datasets():
-            rows = load_dataset(
-                reader,
-                data_files=[str(path.resolve())],
-                split="train" + "".join(split.partition("[")[1:]),
-                **options,
-            )
+            wanted = "train" + "".join(split.partition("[")[1:])
+            if reader == "json" and tools:
+                rows, columns = _load_json_rows(path, digest, wanted)
+            else:
+                rows = load_dataset(reader, data_files=[str(path.resolve())], split=wanted, **options)
+                columns = tuple(rows.column_names)
     except Exception as error:
         raise InputError(f"{name} cannot be read: {_why_unreadable(path, reader, error)}") from error
-    return rows, digest + split.partition("[")[2]
+    return rows, columns, digest + split.partition("[")[2]
 
 
-def _content_hash(path: Path, name: str, *, text: bool) -> str:
-    """Hash of the file's bytes. Readers pass over bytes that are no UTF-8, so in a text they are looked for here."""
+def _load_json_rows(path: Path, digest: str, split: str) -> tuple[Dataset, tuple[str, ...]]:
+    """The rows of a file with tools, each as JSON text, and the columns that any of them has.
+
+    In a table, every schema and every call gets the keys of all others, in one order, and numbers are rounded on the
+    way: what the template then writes would no longer be what the file says.
+    """
+    columns = tuple(dict.fromkeys(key for row in _json_rows(path) for key in row))
+    rows = Dataset.from_generator(
+        _json_texts,
+        features=Features({JSON_ROW: Value("large_string")}),
+        gen_kwargs={"path": str(path.resolve()), "digest": digest},
+    )
+    parts = ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
+    return rows.select([row for part in parts for row in range(part.from_, part.to)]), columns
+
+
+def _json_texts(path: str, digest: str) -> Iterator[dict[str, str]]:
+    """What datasets writes to the disk, once for a digest (which it sees among the arguments)."""
+    for row in _json_rows(Path(path)):
+        yield {JSON_ROW: json.dumps(row, ensure_ascii=False)}
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON list, or of lines of JSON; a ValueError where there is anything else."""
+    with path.open(encoding="utf-8-sig") as file:
+        beginning = file.read(1000).lstrip()[:1]
+        file.seek(0)
+        rows = json.load(file) if beginning == "[" else (json.loads(line) for line in file if line.strip())
+        for row in rows:
+            if not isinstance(row, dict):
+                raise ValueError("it holds something other than JSON objects")
+            yield row
+
+
+def _content_hash(path: Path, name: str, *, text: bool) -> tuple[str, bool]:
+    """Hash of the file's bytes, and whether a JSON key in it speaks of tools.
+
+    Readers pass over bytes that are no UTF-8, so in a text they are looked for here.
+    """
     digest, decoder, line = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), 1
+    tools, end = False, b""
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            tools = tools or _TOOLS.search(end + block) is not None
+            end = block[-20:]
             if text:
                 try:
                     decoder.decode(block)
@@ -230,7 +288,7 @@ def _content_hash(path: Path, name: str, *, text: bool) -> str:
                     line += block[: problem.start].count(b"\n")
                     raise InputError(f"{name} cannot be read: line {line} is not UTF-8 text") from None
                 line += block.count(b"\n")
-    return digest.hexdigest()
+    return digest.hexdigest(), tools
 
 
 def _csv_header(path: Path, name: str) -> list[str]:
@@ -267,8 +325,8 @@ def _why_unreadable(path: Path, reader: str, error: Exception) -> str:
     return where + (str(cause).strip() or type(cause).__name__).splitlines()[0]
 
 
-def _load_hub(name: str, split: str) -> tuple[Dataset, str]:
-    """Loads from the hub, or from its cache; the fingerprint is the one datasets derives from the set's revision."""
+def _load_hub(name: str, split: str) -> tuple[Dataset, tuple[str, ...], str]:
+    """Loads from the hub, or from its cache, as (rows, columns, what datasets derives from the set's revision)."""
     identifier, _, config = name.partition(":")
     try:
         with _quiet_datasets():
@@ -287,7 +345,7 @@ def _load_hub(name: str, split: str) -> tuple[Dataset, str]:
     except (ConnectionError, OSError) as error:
         raise InputError(f"{name} is not in the cache and the hub cannot be reached; "
                          "connect to the network once, or give a local file") from error  # fmt: skip
-    return rows, f"{rows._fingerprint} {len(rows)}"
+    return rows, tuple(rows.column_names), f"{rows._fingerprint} {len(rows)}"
 
 
 @contextmanager

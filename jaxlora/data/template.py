@@ -10,13 +10,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from jaxlora.core.errors import InputError
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 _MARK = re.compile(r"slot(\d{6})mark")
 # Different lengths, so that the length by which a literal has grown tells which of the two were kept.
@@ -40,6 +41,29 @@ class ConversationError(InputError):
     def __init__(self, index: int, reason: str):
         super().__init__(f"conversation {index + 1}: {reason}")
         self.index, self.reason = index, reason
+
+
+def changes_what_it_has_shown(message: int) -> InputError:
+    """The refusal of a template of which a conversation's beginning is not the rendering of the beginning."""
+    return InputError(
+        f"the chat template shows the assistant's message {message + 1}, or what comes before it, differently once "
+        "the conversation goes on (as templates of reasoning models do), so the model would learn to answer other "
+        "text than it is given; let each conversation end with its first answer, or put a chat_template.jinja that "
+        "never changes what it has shown into the model's folder"
+    )
+
+
+def _why_not_rendered(error: Exception) -> str:
+    """The reason a template gives for not rendering a conversation.
+
+    Raises:
+        InputError: it is no template, and would render none.
+    """
+    if isinstance(error, TemplateSyntaxError):
+        raise InputError(f"the model's chat template is not valid jinja (line {error.lineno}: {error.message}); mend "
+                         "the chat_template.jinja in its folder") from None  # fmt: skip
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".!")
+    return f"the chat template does not render this conversation: {reason}; change the conversation, or leave it out"
 
 
 @dataclass(frozen=True)
@@ -74,7 +98,7 @@ class ChatTemplate:
         except ValueError:
             raise InputError(
                 f"the tokenizer of {tokenizer.name_or_path} has no chat template; use a chat model, or put a "
-                "chat_template.jinja into the model's folder"
+                "chat_template.jinja into the model's folder (of the model it was made from, or ChatML's)"
             ) from None
         self._tokenizer = tokenizer
         self._layouts: dict[tuple[tuple[str, ...], bool], Layout] = {}
@@ -84,6 +108,7 @@ class ChatTemplate:
 
         Raises:
             ConversationError: the template refuses a conversation (with its own reason).
+            InputError: it is no template.
         """
         options = {"tokenize": False, "add_generation_prompt": generation, "chat_template": self.source}
         try:
@@ -93,8 +118,22 @@ class ChatTemplate:
                 try:
                     self._tokenizer.apply_chat_template(list(messages), **options)
                 except Exception as error:
-                    raise ConversationError(index, f"the chat template does not render: {error}") from None
+                    raise ConversationError(index, _why_not_rendered(error)) from None
             raise
+
+    def render_one(
+        self, messages: Messages, *, tools: list[dict[str, Any]] | None = None, generation: bool = False
+    ) -> str:
+        """The template's rendering of one conversation, with the descriptions of the tools it may call.
+
+        Raises:
+            InputError: the template refuses it (with its own reason).
+        """
+        options = {"tokenize": False, "add_generation_prompt": generation, "chat_template": self.source}
+        try:
+            return cast(str, self._tokenizer.apply_chat_template(messages, tools=tools, **options))
+        except Exception as error:  # a template is someone's program and may raise anything
+            raise InputError(_why_not_rendered(error)) from None
 
     def layout(self, roles: tuple[str, ...], *, generation: bool = False) -> Layout:
         """Where the contents of messages with these roles come out.
@@ -107,23 +146,47 @@ class ChatTemplate:
             self._layouts[key] = self._find_layout(roles, generation)
         return self._layouts[key]
 
-    def keep_system(self, messages: Messages) -> Messages:
+    def rewritten(
+        self, roles: tuple[str, ...], contents: list[str], rendered: str, *, generation: bool = False
+    ) -> InputError:
+        """The refusal of a conversation that is not rendered as its layout says: the first message that differs."""
+        at, where = 0, len(roles) - 1
+        for part in self.layout(roles, generation=generation):
+            text = part if isinstance(part, str) else part.fill(contents)
+            where = where if isinstance(part, str) else part.message
+            if not rendered.startswith(text, at):
+                break
+            at += len(text)
+        return InputError(
+            f"the chat template rewrites the text of message {where + 1} (the {roles[where]}'s) or drops a part of it "
+            "(as templates of reasoning models drop the reasoning of earlier answers), so what is trained cannot be "
+            "told from what is not; write the message as the template shows it, or put a chat_template.jinja that "
+            "shows messages as they are into the model's folder"
+        )
+
+    def keep_system(self, messages: Messages, *, generation: bool = False) -> Messages:
         """The messages with a system message placed where the template does not lose it.
 
         Mistral v0.3's template shows the system message with the last user message, but only while that message is
         the very last: in a conversation that ends with the assistant, the system message disappears. Mistral's own
         tokenizer (mistral-common) keeps it with the last user message, and so do we: it is written in front of
-        that message here, exactly as the template would have written it.
+        that message here, exactly as the template would have written it. Where nobody is asked for an answer
+        (`generation`), it is the last one that was answered: after that, there is nothing to learn.
         """
-        if (
-            messages[0]["role"] != "system"
-            or messages[-1]["role"] == "user"
-            or self._late_system_joint is None
-        ):
+        if messages[0]["role"] != "system" or self._late_system_joint is None:
             return messages
-        *_, last_user = (i for i, message in enumerate(messages) if message["role"] == "user")
+        users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not generation and answers:
+            users = [i for i in users if i < answers[-1]]
+        elif messages[-1]["role"] == "user":
+            return messages
+        last_user = users[-1]
         content = messages[0]["content"] + self._late_system_joint + messages[last_user]["content"]
-        return [*messages[1:last_user], {"role": "user", "content": content}, *messages[last_user + 1 :]]
+        kept = [*messages[1:last_user], {"role": "user", "content": content}, *messages[last_user + 1 :]]
+        if "tools" in messages[0]:
+            kept[0] = {**kept[0], "tools": messages[0]["tools"]}
+        return kept
 
     @cached_property
     def _late_system_joint(self) -> str | None:
@@ -147,7 +210,8 @@ class ChatTemplate:
         for message, role in enumerate(roles):
             if message not in seen:
                 raise InputError(f"the chat template leaves out the {role} message (message {message + 1} of "
-                                 f"{len(roles)}), so its text would be lost")  # fmt: skip
+                                 f"{len(roles)}), so its text would be lost; remove the message, or put a "
+                                 "chat_template.jinja that always shows it into the model's folder")  # fmt: skip
             if role == "assistant" and seen.count(message) > 1:
                 raise InputError(
                     f"the chat template shows the assistant's message {message + 1} more than once"
@@ -185,3 +249,12 @@ class ChatTemplate:
             raise InputError(error.reason) from None
         pieces = _MARK.split(text)
         return tuple(Slot(int(piece)) if i % 2 else piece for i, piece in enumerate(pieces))
+
+
+def begins(layout: Layout, beginning: Layout) -> bool:
+    """Whether a conversation with this layout begins as the other layout says."""
+    for part, start in zip(layout, beginning, strict=False):
+        if part != start:
+            last = start is beginning[-1]
+            return last and isinstance(part, str) and isinstance(start, str) and part.startswith(start)
+    return len(beginning) <= len(layout)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlora.core.compilation import compiler_options
 from jaxlora.core.errors import InputError
 from jaxlora.data.chat import ChatEncoder
-from jaxlora.data.sources import Conversation
+from jaxlora.data.rows import Conversation, Message
 from jaxlora.models.decoder import Decoder
 from jaxlora.models.decoding import Sampling, answer_batch, bucket, left_pad
 from jaxlora.parallel.sharding import batch_sharding, cache_sharding
@@ -144,14 +144,16 @@ def exact_match(answers: Sequence[Answer]) -> float:
     return sum(answer.exact for answer in answers) / len(answers)
 
 
-def _split(conversation: Conversation) -> tuple[list[dict[str, str]], str]:
-    """What comes before the last assistant turn, and that turn's content."""
+def _split(conversation: Conversation) -> tuple[list[Message], str]:
+    """What comes before the last assistant turn in plain words, and that turn's content."""
     if isinstance(conversation, str):
         raise InputError(
             "eval.generate: the held-out rows are plain text and hold no question; set --config.eval.generate=0, or "
             "give conversations as data.eval."
         )
-    last = max((i for i, message in enumerate(conversation) if message["role"] == "assistant"), default=0)
+    spoken = [i for i, m in enumerate(conversation) if m["role"] == "assistant" and "tool_calls" not in m]
+    last = max(spoken, default=0)
     if last == 0:
-        raise InputError("eval.generate: a held-out conversation has no assistant turn after a prompt.")
+        raise InputError("eval.generate: a held-out conversation has no assistant turn in plain words after a prompt; "
+                         "set --config.eval.generate=0, or leave it out of data.eval.")  # fmt: skip
     return conversation[:last], conversation[last]["content"]

@@ -90,6 +90,44 @@ def test_evaluation_shows_each_example_once_and_says_where(lengths, batch_size):
     assert sorted(found) == list(range(len(lengths)))
 
 
+@given(LENGTHS, st.booleans(), st.integers(1, 7), st.integers(0, 5))
+def test_an_epochs_weights_are_its_trained_tokens(lengths, packing, batch_size, seed):
+    examples = examples_of(lengths)
+    training = Batches(examples, batch_size, 50, seed=seed, packing=packing)
+    evaluation = EvalBatches(examples, batch_size, 50, packing=packing)
+    for batches_ in (
+        [training.batch(step) for step in range(1, training.steps_per_epoch + 1)],
+        [evaluation.batch(i) for i in range(evaluation.num_batches)],
+    ):
+        assert sum(int(batch["weights"].sum()) for batch in batches_) == examples.trained_tokens
+        for row, places in zip(
+            np.concatenate([batch["segments"] for batch in batches_]),
+            np.concatenate([batch["positions"] for batch in batches_]),
+            strict=True,
+        ):
+            filled = np.count_nonzero(row)
+            assert not row[filled:].any()  # padding comes last
+            starts = np.flatnonzero(np.diff(row[:filled], prepend=0))
+            assert row[starts].tolist() == list(range(1, len(starts) + 1))
+            assert np.flatnonzero(places[:filled] == 0).tolist() == starts.tolist()
+
+
+@given(
+    LENGTHS,
+    st.integers(1, 7),
+    st.integers(0, 5),
+    st.lists(st.integers(1, 60), max_size=8),
+    st.integers(1, 60),
+)
+def test_what_was_asked_for_before_changes_no_batch(lengths, batch_size, seed, before, step):
+    examples = examples_of(lengths)
+    asked = Batches(examples, batch_size, 50, seed=seed)
+    for earlier in before:
+        asked.batch(earlier)
+        asked.examples_in(earlier)
+    assert same(asked.batch(step), Batches(examples, batch_size, 50, seed=seed).batch(step))
+
+
 def same(one, other):
     return all(np.array_equal(one[name], other[name]) for name in one)
 

@@ -140,6 +140,13 @@ def test_a_system_message_that_the_template_would_drop_goes_to_the_last_user_mes
     assert encoded.ids[: len(prompt)].tolist() == prompt.tolist()
 
 
+def test_and_it_goes_to_one_that_is_answered(mistral_like, talk, spell):
+    """What comes after the last answer is not trained on, and cut off."""
+    (encoded,) = mistral_like.encode_batch([talk("one", "two", "three", system="Be brief.")])
+    text = spell(mistral_like, encoded.ids.tolist())
+    assert text == "<s>[INST] Be brief.\n\none[/INST] two</s>[INST] three[/INST]"
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -164,9 +171,64 @@ def test_a_template_that_rewrites_one_conversation_is_refused_there(byte_level, 
     body = "{{ '<|im_start|>' + m.content.split('</think>')[-1] + '<|im_end|>' }}"
     encoder = ChatEncoder(byte_level("{% for m in messages %}" + body + "{% endfor %}"))
     rows = [talk("Hello", "Hi"), talk("Hello", "Hm </think> Hi")]
-    with pytest.raises(ConversationError, match="rewrites the text") as error:
+    with pytest.raises(
+        ConversationError, match=r"rewrites the text of message 2 \(the assistant's\)"
+    ) as error:
         encoder.encode_batch(rows)
     assert error.value.index == 1
+    with pytest.raises(ConversationError, match=r"of message 3 \(the user's\) or drops a part of it"):
+        encoder.encode_batch([talk("Hello", "Hi", "a </think> b", "Hm")])
+
+
+# Templates whose rendering of a conversation does not begin as that of its beginning.
+THINK = "<think>\n\n</think>\n\n"
+UNSTEADY = {
+    # What stands before an answer changes once it is no longer the last (as Qwen3's empty thoughts).
+    "last_answer": (
+        "{{ '<|im_start|>' + m.role + '\n' + ('"
+        + THINK.replace("\n", "\\n")
+        + "' if loop.last and m.role == 'assistant' else '') + m.content + '<|im_end|>\n' }}"
+    ),
+    # Every answer is shown as it is, but asked for after something else.
+    "prompt": "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
+    # The whole conversation is counted in front.
+    "count": "{% if loop.first %}{{ messages | length }}{% endif %}{{ m.role + m.content + '<|im_end|>' }}",
+}
+
+
+@pytest.mark.parametrize(("name", "from_turn"), [("last_answer", 2), ("prompt", 1), ("count", 1)])
+def test_a_template_that_changes_what_it_has_shown_is_refused(name, from_turn, byte_level, talk):
+    encoder = ChatEncoder(byte_level("{% for m in messages %}" + UNSTEADY[name] + "{% endfor %}"))
+    if from_turn == 2:
+        assert len(encoder.encode_batch([talk("a", "b")])) == 1
+    with pytest.raises(ConversationError) as error:
+        encoder.encode_batch([talk("a", "b"), talk("a", "b", "c", "d")][2 - from_turn :])
+    assert (
+        "shows the assistant's message 2, or what comes before it, differently once the conv"
+        in error.value.reason
+    )
+    assert "put a chat_template.jinja" in error.value.reason
+    # Whoever trains every token has said that it does not matter.
+    everything = ChatEncoder(encoder.tokenizer, train_on="all")
+    assert len(everything.encode_batch([talk("a", "b", "c", "d")])) == 1
+
+
+def test_a_template_that_shows_the_system_message_only_sometimes_is_refused(byte_level, talk):
+    body = "{% if m.role != 'system' or messages | length < 4 %}{{ m.role + m.content + '<|im_end|>' }}{% endif %}"
+    encoder = ChatEncoder(byte_level("{% for m in messages %}" + body + "{% endfor %}"))
+    assert len(encoder.encode_batch([talk("a", "b", system="s")])) == 1
+    with pytest.raises(ConversationError, match="leaves out the system message"):
+        encoder.encode_batch([talk("a", "b", "c", "d", system="s")])
+
+
+def test_what_is_no_template_is_said_to_be_none(byte_level, talk):
+    encoder = ChatEncoder(byte_level("{% for m in messages %}\n{{ m.content }{% endfor %}"))
+    with pytest.raises(
+        InputError, match=r"template is not valid jinja \(line 2: .*\); mend the chat_template"
+    ) as error:
+        encoder.encode_batch([talk("a", "b")])
+    assert not isinstance(error.value, ConversationError)  # no row is to blame
 
 
 def test_the_row_at_which_a_template_fails_is_found(byte_level, talk):
@@ -174,7 +236,10 @@ def test_the_row_at_which_a_template_fails_is_found(byte_level, talk):
     encoder = ChatEncoder(byte_level("{% for m in messages %}" + body + "{% endfor %}"))
     with pytest.raises(ConversationError) as error:
         encoder.encode_batch(["text", talk("a", "b"), talk("bad", "c")])
-    assert (error.value.index, error.value.reason) == (2, "the chat template does not render: no")
+    assert (error.value.index, error.value.reason) == (
+        2,
+        "the chat template does not render this conversation: no; change the conversation, or leave it out",
+    )
 
 
 def test_a_tokenizer_that_looks_across_its_special_tokens_is_refused(byte_level, talk):

@@ -43,6 +43,18 @@ def test_each_example_went_into_the_fullest_row_it_fitted(lengths):
     )
 
 
+@given(LENGTHS.filter(bool), st.randoms(use_true_random=False))
+def test_rows_depend_on_the_lengths_alone(lengths, random):
+    """The same examples in another order fill the same rows, and so does any way of writing their lengths."""
+    rows = pack(np.array(lengths, np.int64), 50)
+    assert pack(np.array(lengths, np.int32), 50) == rows
+    order = random.sample(range(len(lengths)), len(lengths))
+    moved = pack(np.array([lengths[e] for e in order], np.int64), 50)
+    filled = [sorted(sorted(ls[e] for e in row) for row in rs) for ls, rs in
+              [(lengths, rows), ([lengths[e] for e in order], moved)]]  # fmt: skip
+    assert filled[0] == filled[1]
+
+
 def test_without_packing_every_example_has_its_own_row():
     assert pack(np.array([3, 1, 2]), 10, packing=False) == [(0,), (1,), (2,)]
 

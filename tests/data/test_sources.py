@@ -153,7 +153,11 @@ GOOD = json.dumps({"messages": HELLO}) + "\n"
         ("d.parquet", "not parquet", "d.parquet cannot be read"),
         ("d.txt", "hello", "ends in .txt; files are read as .jsonl, .json, .csv, .parquet"),
         ("d.jsonl", '{"question": "a", "answer": "b"}\n', "has the columns question, answer"),
-        ("d.jsonl", '{"question": "a", "answer": "b"}\n', "accepted are: messages; conversations"),
+        (
+            "d.jsonl",
+            '{"question": "a", "answer": "b"}\n',
+            "accepted are: messages (tools); conversations (system, tools); ",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_read_is_explained(name, content, said, write):
@@ -201,13 +205,10 @@ def turn(role, content, **more):
         ({"messages": [turn("user", 5)]}, "the content of message 1 is 5; expected text"),
         ({"messages": []}, "the conversation is empty"),
         ({"messages": "hello"}, "expected a list of messages"),
-        ({"messages": [turn("assistant", "x"), turn("user", "y")]}, "starts with the assistant"),
-        ({"messages": [turn("user", "x"), turn("user", "y")]}, "two user turns in a row"),
-        (
-            {"messages": [turn("user", "x"), turn("assistant", "", tool_calls=[{"name": "f"}])]},
-            "carries tool_calls",
-        ),
-        ({"messages": HELLO, "tools": [{"name": "f"}]}, "has tools"),
+        ({"messages": [turn("assistant", "x"), turn("user", "y")]}, "starts with the assistant; user and"),
+        ({"messages": [turn("user", "x"), turn("user", "y")]}, "message 2 makes two user turns in a row"),
+        ({"messages": [turn("user", "x"), turn("assistant", "y", thinking="z")]}, "carries thinking"),
+        ({"messages": [turn("user", "x"), turn("tool", "y")]}, "message 2 is a tool's result, but no call"),
         ({"conversations": [{"from": "bing", "value": "x"}]}, 'unknown role "bing"'),
         ({"prompt": "x", "completion": None}, "expected a list of messages"),
         ({"instruction": None, "output": "x"}, "instruction is missing"),
