@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import peft
+import peft.optimizers
 import torch
 import transformers
 
@@ -34,6 +35,7 @@ def peft_config(config: Config, **changed: Any) -> peft.LoraConfig:
         "lora_dropout": chosen.dropout,
         "target_modules": targets if targets == "all-linear" else [*targets],
         "use_rslora": chosen.scaling == "rslora",
+        "use_dora": chosen.use_dora,
         "task_type": "CAUSAL_LM",
     }
     return peft.LoraConfig(**settings | changed)
@@ -51,13 +53,19 @@ def start_by_peft(config: Config, lora: peft.LoraConfig) -> peft.PeftModel:
 
 
 def adamw(model: peft.PeftModel, config: Config) -> torch.optim.Optimizer:
-    """torch's AdamW over every trainable parameter, as transformers' Trainer builds it for an adapter."""
+    """torch's AdamW over every trainable parameter, as the Trainer builds it for an adapter; PEFT's for LoRA+."""
     chosen = config.optim
+    settings = {"lr": chosen.learning_rate, "betas": (chosen.b1, chosen.b2), "eps": chosen.eps}
+    if chosen.loraplus_lr_ratio != 1.0:
+        return peft.optimizers.create_loraplus_optimizer(
+            model,
+            torch.optim.AdamW,
+            loraplus_lr_ratio=chosen.loraplus_lr_ratio,
+            loraplus_weight_decay=chosen.weight_decay,
+            **settings,
+        )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    betas = (chosen.b1, chosen.b2)
-    return torch.optim.AdamW(
-        trained, chosen.learning_rate, betas, eps=chosen.eps, weight_decay=chosen.weight_decay
-    )
+    return torch.optim.AdamW(trained, weight_decay=chosen.weight_decay, **settings)
 
 
 def micro_batches(config: Config, batches: Batches, step: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxlora.lora.spec import LoraSpec
 from jaxlora.training import state, step
 from tests.parity.by_jaxlora import jitted_step, train_by_jaxlora
 from tests.parity.by_torch import train_by_peft, train_by_trainer
@@ -43,6 +44,12 @@ CASES = {
 }
 
 
+VARIANTS = {
+    "DoRA": {"lora.use_dora": True},
+    "LoRA+": {"optim.loraplus_lr_ratio": 4.0, "optim.learning_rate": 1e-3, "optim.weight_decay": 0.1},
+}
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     """(family) -> its model folder, made once."""
@@ -65,7 +72,7 @@ def by_torch(start):
 
     @functools.cache
     def run(family, case):
-        config = start(family, CASES[case])
+        config = start(family, (CASES | VARIANTS)[case])
         batches = make_batches(config)
         return config, batches, train_by_peft(config, batches)
 
@@ -88,8 +95,10 @@ def equal(found):
     return found.loss < LOSS and max(found.leaf, found.whole) < ADAPTER
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [*((family, case) for family in FAMILIES for case in CASES), *(("qwen2", case) for case in VARIANTS)],
+)
 def test_twenty_steps_are_those_of_torch(family, case, by_torch, table):
     config, batches, theirs = by_torch(family, case)
     found = table[f"{family}, {case}"] = compare(train_by_jaxlora(config, batches), theirs)
@@ -119,7 +128,6 @@ def test_the_trainings_clip_and_learn(by_torch):
 # ---- the bounds are narrow enough to see a fault -----------------------------------------------------------------
 
 NUMBERS = {
-    "alpha / r instead of alpha / sqrt r": {"lora.scaling": "alpha/r"},
     "no decay": {"optim.weight_decay": 0.0},
     "no clipping": {"optim.clip_norm": 0.0},
     "no smoothing": {"optim.label_smoothing": 0.0},
@@ -163,6 +171,15 @@ def clipping_after_adam(s, rate):
         optax.add_decayed_weights(s.weight_decay),
         optax.scale(-rate),
     )
+
+
+def test_another_scale_is_seen(by_torch, table, monkeypatch):
+    config, batches, theirs = by_torch("qwen2", "everything")
+    monkeypatch.setattr(LoraSpec, "_scale", lambda self, rank: self.alpha / rank)
+    found = table["fault: alpha / r instead of alpha / sqrt r"] = compare(
+        train_by_jaxlora(config, batches), theirs
+    )
+    assert not equal(found), found
 
 
 @pytest.mark.parametrize("fault", NUMBERS)
