@@ -213,7 +213,7 @@ def _calls(value: Any, number: int, exact: bool) -> list[dict[str, Any]]:
         if not isinstance(name, str) or not name:
             raise InputError(f"{which} has the name {_shown(name)}; expected the name of a function")
         text = isinstance(arguments, str)
-        if text:
+        if isinstance(arguments, str):
             arguments = _parsed(arguments) if arguments.strip() else {}
         if not isinstance(arguments, Mapping | None):
             raise InputError(

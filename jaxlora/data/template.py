@@ -129,9 +129,14 @@ class ChatTemplate:
         Raises:
             InputError: the template refuses it (with its own reason).
         """
-        options = {"tokenize": False, "add_generation_prompt": generation, "chat_template": self.source}
+        options: dict[str, Any] = {
+            "tools": tools,
+            "tokenize": False,
+            "add_generation_prompt": generation,
+            "chat_template": self.source,
+        }
         try:
-            return cast(str, self._tokenizer.apply_chat_template(messages, tools=tools, **options))
+            return cast(str, self._tokenizer.apply_chat_template(messages, **options))
         except Exception as error:  # a template is someone's program and may raise anything
             raise InputError(_why_not_rendered(error)) from None
 
