@@ -1,10 +1,13 @@
 """A model, a tokenizer and data made on the spot, small enough to fine-tune by the whole command within seconds."""
 
+import collections
 import json
+import re
 import string
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +37,7 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+COMPILED = "/jax/core/compile/backend_compile_duration"
 SETTINGS = {
     "model.dtype": "float32",
     "model.remat": "none",
@@ -173,17 +177,34 @@ def project(tmp_path_factory) -> Project:
 
 
 @pytest.fixture
-def call(capfd, monkeypatch) -> Callable[[list[str]], Ended]:
-    """call(arguments) runs the command in this process, as `python -m jaxlora.train` would."""
+def call(capfd, monkeypatch) -> Callable[..., Ended]:
+    """call(arguments) runs the command in this process, as `python -m jaxlora.train` would, or another command."""
 
-    def call(arguments: list[str]) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["jaxlora.train", *arguments])
+    def call(arguments: list[str], command: ModuleType = train) -> Ended:
+        monkeypatch.setattr(sys, "argv", [command.__name__, *arguments])
         capfd.readouterr()
         with pytest.raises(SystemExit) as left:
-            cli.run(train.main)
+            cli.run(command.main)
         return Ended(left.value.code, *capfd.readouterr())  # type: ignore[arg-type]
 
     return call
+
+
+@pytest.fixture
+def counted() -> Iterator[collections.Counter[str]]:
+    """How often JAX compiled something, or looked into its cache, by the event's or the program's name."""
+    events: collections.Counter[str] = collections.Counter()
+
+    def count(name: str, *_: Any, fun_name: str = "", **__: Any) -> None:
+        events[name] += 1
+        if name == COMPILED:
+            events[re.sub(r"^jit[_(]|\)$", "", fun_name)] += 1  # "jit(step)" or "jit_step", by JAX's version
+
+    jax.monitoring.register_event_listener(count)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    yield events
+    jax.monitoring.unregister_event_listener(count)
+    jax.monitoring.unregister_event_duration_listener(count)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,427 @@
+"""The evaluate command: what training found is found again, to the last bit, and wrong input is a line or two."""
+
+import contextlib
+import gc
+import io
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxlora import evaluate, train
+from jaxlora.config.build import programs
+from jaxlora.core import cli
+
+RUNS: dict[str, dict[str, Any]] = {
+    # A rate so high that the best step, 4, is not the last, 8.
+    "plain": {
+        "optim__learning_rate": 0.4,
+        "train__max_steps": 8,
+        "eval__every": 2,
+        "eval__generate": 5,
+        "eval__max_new_tokens": 4,
+        "checkpoint__every": 2,
+    },
+    "held out": {
+        "model__dtype": "bfloat16",
+        "data__eval": "",
+        "data__eval_fraction": 0.3,
+        "data__packing": False,
+        "data__train_on": "all",
+        "eval__max_examples": 7,
+        "eval__metrics": "nll,token_accuracy",
+        "lora__scaling": "rslora",
+        "lora__targets": "q_proj",
+        "seed": 3,
+    },
+    "variants": {"lora__use_dora": True, "lora__init": "pissa", "lora__targets": "q_proj,down_proj"},
+    "ranks": {
+        "lora__rank_pattern": "q_proj=7,mlp.*=2",
+        "lora__scaling": "rslora",
+        "lora__targets": "q_proj,down_proj,k_proj",
+    },
+    "cut": {"mesh__data": 1, "mesh__fsdp": 8, "lora__targets": "q_proj"},
+}
+DEVICES = {"cut": 8}
+
+
+@pytest.fixture(scope="module")
+def run(project, tmp_path_factory) -> Callable[[str], Path]:
+    """run(name) -> the folder of one of `RUNS`, trained when it is first asked for."""
+    found: dict[str, Path] = {}
+
+    def run(name: str) -> Path:
+        if name not in found:
+            workdir = tmp_path_factory.mktemp("runs") / name.replace(" ", "-")
+            devices = jax.local_devices()[: DEVICES.get(name, 1)]
+            with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+                patch.setattr(jax, "devices", lambda *_: devices)
+                patch.setattr(sys, "argv", ["jaxlora.train", *project.arguments(workdir, **RUNS[name])])
+                with pytest.raises(SystemExit) as left:
+                    cli.run(train.main)
+            assert left.value.code == 0
+            found[name] = workdir
+        return found[name]
+
+    return run
+
+
+@pytest.fixture
+def scored(call) -> Callable[..., dict[str, Any]]:
+    """scored(arguments, ...) -> the JSON object that the command prints on standard output, and nothing else."""
+
+    def scored(*arguments: Any) -> dict[str, Any]:
+        ended = call([*map(str, arguments), "--json"], evaluate)
+        assert ended.code == 0, ended.err
+        (line,) = ended.out.splitlines()
+        return json.loads(line)
+
+    return scored
+
+
+def in_training(workdir: Path, step: int) -> dict[str, Any]:
+    """The line of metrics.jsonl about an evaluation."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    (line,) = (line for line in lines if line["step"] == step and "eval/nll" in line)
+    return line
+
+
+def metrics(found: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in found.items() if name.startswith("eval/")}
+
+
+# ---- the numbers are those of training ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("step", "number"), [("best", 4), ("last", 8), ("6", 6)])
+def test_a_run_scores_as_it_did_in_training(step, number, run, scored, tmp_path):
+    """Every metric, every example's loss, every answer: equal, not close."""
+    workdir, out = run("plain"), tmp_path / "losses.jsonl"
+    found = scored("--run", workdir, "--step", step, "--out", out)
+    line = in_training(workdir, number)
+    assert "eval/exact_match" in line
+    assert metrics(found) == metrics(line)
+    assert found["step"] == number
+    assert (found["examples"], found["dtype"], found["max_length"]) == (20, "float32", 48)
+    assert out.read_bytes() == (workdir / f"eval/eval-{number:08d}.jsonl").read_bytes()
+    answers = (workdir / f"eval/answers-{number:08d}.jsonl").read_bytes()
+    assert (tmp_path / "losses.answers.jsonl").read_bytes() == answers
+
+
+def test_the_rows_that_a_run_held_out(run, scored):
+    """A share of data.train, drawn by the seed, of which the first few are evaluated; without packing, in bfloat16."""
+    workdir = run("held out")
+    found, line = scored("--run", workdir), in_training(workdir, 6)
+    assert found.pop("eval/perplexity") == pytest.approx(np.exp(line["eval/nll"]), rel=1e-12)
+    assert metrics(found) == metrics(line)
+    assert (found["examples"], found["train_on"], found["dtype"]) == (7, "all", "bfloat16")
+    data = json.loads((workdir / "record.json").read_text())["data"]["eval"]
+    assert data["fingerprint"] == found["fingerprint"]
+    assert data["trained_tokens"] == found["trained_tokens"]
+
+
+def test_variants(run, scored):
+    workdir = run("variants")
+    for step in ("last", "3"):
+        found = scored("--run", workdir, "--step", step)
+        assert metrics(found) == metrics(in_training(workdir, found["step"]))
+
+
+def test_ranks_by_module(run, scored):
+    """Their scales are multiplied into b where the adapter is written: the same to rounding."""
+    found = scored("--run", run("ranks"), "--step", "last")
+    assert metrics(found) == pytest.approx(metrics(in_training(run("ranks"), 6)), rel=1e-6)
+
+
+def test_a_bare_base_is_step_0(run, project, scored, tmp_path):
+    """By itself, and beside the run's adapter."""
+    workdir, before = run("plain"), metrics(in_training(run("plain"), 0))
+    like = "--max-length", 48, "--dtype", "float32", "--generate", 5, "--max-new-tokens", 4
+    alone = scored("--model", project.model, "--data", project.folder / "eval.jsonl", *like)
+    assert metrics(alone) == pytest.approx(before, rel=1e-6)
+    assert (alone["run"], alone["adapter"], alone["step"]) == (None, None, None)
+
+    both = scored("--run", workdir, "--step", "last", "--with-base", "--out", tmp_path / "losses.jsonl")
+    assert both["base"] == metrics(alone)
+    assert metrics(both) == metrics(in_training(workdir, 8))
+    rows = [json.loads(row) for row in (tmp_path / "losses.base.jsonl").read_text().splitlines()]
+    assert sum(row["nll"] * row["tokens"] for row in rows) / sum(
+        row["tokens"] for row in rows
+    ) == pytest.approx(both["base"]["eval/nll"], rel=1e-12)
+
+
+def test_an_adapter_that_was_copied_elsewhere(run, project, scored, tmp_path):
+    adapter = shutil.copytree(run("plain") / "best", tmp_path / "elsewhere")
+    data = "--data", project.folder / "eval.jsonl", "--max-length", 48, "--dtype", "float32"
+    line = metrics(in_training(run("plain"), 4))
+    line.pop("eval/exact_match")
+    assert metrics(scored("--adapter", adapter, *data)) == line
+    base = shutil.copytree(project.model, tmp_path / "base")
+    assert metrics(scored("--adapter", adapter, "--model", base, *data)) == line
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::UserWarning:peft")
+def test_peft_and_transformers_find_the_same(run, project, scored):
+    """Token by token from their logits, over the examples one at a time."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from jaxlora.data.chat import ChatEncoder, load_tokenizer
+    from jaxlora.data.sources import load_conversations
+
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(project.model, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(model, run("plain") / "last").eval()
+    source = load_conversations(str(project.folder / "eval.jsonl"))
+    encoder = ChatEncoder(load_tokenizer(str(project.model)))
+    total = hits = weight = 0.0
+    for example in encoder.encode_batch(source.conversations(0, len(source))):
+        ids = torch.from_numpy(example.ids.astype(np.int64))
+        with torch.no_grad():
+            losses = torch.log_softmax(adapted(ids[None, :-1]).logits[0], -1)
+        kept = torch.from_numpy(example.trained[1:])
+        total -= losses.gather(1, ids[1:, None])[:, 0][kept].double().sum().item()
+        hits += (losses.argmax(-1) == ids[1:])[kept].sum().item()
+        weight += kept.sum().item()
+    found = scored("--run", run("plain"), "--step", "last", "--generate", 0)
+    assert found["trained_tokens"] == weight
+    assert found["eval/nll"] == pytest.approx(total / weight, rel=1e-5)
+    assert found["eval/token_accuracy"] == hits / weight
+
+
+# ---- what must not matter -------------------------------------------------------------------------------------------
+
+
+def losses_of(out: Path) -> list[float]:
+    return [json.loads(line)["nll"] for line in out.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("flags", "count", "used"),
+    [
+        (("--batch-size", "1"), 1, 1),
+        (("--batch-size", "3"), 1, 1),
+        (("--batch-size", "8", "--no-packing"), 1, 1),
+        (("--batch-size", "3", "--max-length", "60"), 8, 3),
+        ((), 8, 8),
+        (("--shard-base",), 8, 8),
+    ],
+    ids=str,
+)
+def test_layouts_and_devices(flags, count, used, run, call, devices, tmp_path):
+    """Batch sizes, packing, lengths of rows, and how many devices there are."""
+    workdir, out = run("plain"), tmp_path / "losses.jsonl"
+    devices(count)
+    ended = call(["--run", str(workdir), "--step", "last", "--generate", "0", "--out", str(out), "--json", *flags],
+                 evaluate)  # fmt: skip
+    assert ended.code == 0, ended.err
+    line = metrics(in_training(workdir, 8))
+    line.pop("eval/exact_match")
+    assert metrics(json.loads(ended.out)) == pytest.approx(line, rel=1e-5)
+    assert losses_of(out) == pytest.approx(losses_of(workdir / "eval/eval-00000008.jsonl"), rel=1e-5)
+    assert (f"{used} of {count} devices are used" in ended.err) == (used != count)
+
+
+def test_a_base_that_was_cut_over_the_devices(run, scored, call, devices):
+    """On as many devices the same bits; on fewer the same numbers, with the base cut over those that the rows take."""
+    workdir = run("cut")
+    devices(8)
+    assert metrics(scored("--run", workdir, "--step", "last")) == metrics(in_training(workdir, 6))
+    refused = call(["--run", str(workdir), "--batch-size", "3"], evaluate)
+    assert refused.code == 2
+    assert refused.err.splitlines()[-1] == (
+        "error: --batch-size 3 cannot be shared out evenly over 8 devices (mesh.data x mesh.fsdp); set it to a "
+        "multiple of 8, such as --batch-size=8."
+    )
+    devices(2)
+    ended = call(["--run", str(workdir), "--step", "last"], evaluate)
+    assert ended.code == 0, ended.err
+    assert (
+        "the run's mesh (mesh.data = 1, mesh.fsdp = 8, mesh.tensor = 1) does not fit 2 devices" in ended.err
+    )
+    assert "2 x cpu (mesh: data 1, fsdp 2, tensor 1)" in ended.out
+    assert metrics(scored("--run", workdir, "--step", "last")) == pytest.approx(
+        metrics(in_training(workdir, 6)), rel=1e-5
+    )
+
+
+def test_memory_and_programs_do_not_grow_with_the_data(run, project, scored, tmp_path, monkeypatch, counted):
+    """The devices hold as much for 400 rows as for 20, and one program serves all."""
+    most: list[int] = []
+    put_batch = programs.put_batch
+
+    def live() -> int:
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    def watched(*arguments: Any) -> Any:
+        put, before = put_batch(*arguments), live()
+
+        def watching(batch: Any) -> Any:
+            most[-1] = max(most[-1], live() - before)
+            return put(batch)
+
+        return watching
+
+    rows = (project.folder / "eval.jsonl").read_text()
+    many = tmp_path / "many.jsonl"
+    many.write_text(rows * 20)
+    monkeypatch.setattr(programs, "put_batch", watched)
+    found = []
+    for data in (project.folder / "eval.jsonl", many):
+        gc.collect()
+        most.append(0)
+        found.append(scored("--run", run("plain"), "--data", data, "--batch-size", 2, "--no-packing"))
+        assert counted.pop("evaluate") == 1
+    assert [one["examples"] for one in found] == [20, 400]
+    assert found[0]["eval/nll"] == pytest.approx(found[1]["eval/nll"], rel=1e-6)
+    assert most[0] == most[1] > 0
+
+
+# ---- other data, and what a person sees -----------------------------------------------------------------------------
+
+
+def test_other_data(run, project, scored):
+    """Several files, the first examples of them, some of the metrics; the run's answers are for its own data."""
+    files = project.folder / "eval.jsonl", project.folder / "train.jsonl"
+    found = scored(
+        "--run", run("plain"), "--data", *files, "--max-examples", 33, "--metrics", "token_accuracy,nll"
+    )
+    assert found["examples"] == 33
+    assert found["data"] == [str(file) for file in files]
+    assert list(metrics(found)) == ["eval/token_accuracy", "eval/nll"]
+    part = scored("--run", run("plain"), "--data", files[1], "--split", "train[:13]", "--metrics", "nll")
+    own = scored("--run", run("plain"), "--metrics", "nll", "--generate", 0)
+    tokens = part["trained_tokens"], own["trained_tokens"]
+    assert found["trained_tokens"] == sum(tokens)
+    assert found["eval/nll"] == pytest.approx(
+        (part["eval/nll"] * tokens[0] + own["eval/nll"] * tokens[1]) / sum(tokens), rel=1e-5
+    )
+
+
+def test_the_table(run, call):
+    ended = call(["--run", str(run("plain")), "--with-base"], evaluate)
+    assert ended.code == 0, ended.err
+    before, line = in_training(run("plain"), 0), in_training(run("plain"), 4)
+    facts, table = ended.out.split("what came of it\n")
+    for words in (
+        f"with {run('plain')}/best, step 4, eval nll {line['eval/nll']:.4f} (float32)", "eval.jsonl",
+        "20 in 10 rows of 48", "trained tokens  ", "1 x cpu (mesh: data 1, fsdp 1, tensor 1)", "tokens/s",
+    ):  # fmt: skip
+        assert words in facts
+    heading, *rows = table.splitlines()
+    assert re.split(r"  +", heading.strip()) == ["with adapter", "bare base", "in training"]
+    expected = [
+        [name, f"{line[f'eval/{name}']:.6g}", f"{before[f'eval/{name}']:.6g}", f"{line[f'eval/{name}']:.6g}"]
+        for name in ("nll", "perplexity", "token_accuracy", "exact_match")
+    ]
+    assert [row.split() for row in rows] == expected
+    assert "\x1b" not in ended.out + ended.err
+
+
+def test_data_that_changed_since_is_told(run, project, call, tmp_path):
+    """And it is not set beside what training found."""
+    workdir = Path(shutil.copytree(run("plain"), tmp_path / "run"))
+    config = json.loads((workdir / "config.json").read_text())
+    data = tmp_path / "eval.jsonl"
+    data.write_text((project.folder / "eval.jsonl").read_text().replace('"content": "', '"content": "z'))
+    config["data"]["eval"] = str(data)
+    (workdir / "config.json").write_text(json.dumps(config))
+    ended = call(["--run", str(workdir), "--generate", "0"], evaluate)
+    assert ended.code == 0, ended.err
+    assert f"the held-out data of {workdir} is not what it was in training" in ended.err
+    assert "in training" not in ended.out
+
+
+# ---- wrong input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(call, monkeypatch) -> Callable[..., str]:
+    """refused((arguments), words, ...) checks that the command says these words, before it reads the base."""
+
+    def never(*_: Any) -> None:
+        raise AssertionError("the base was read")
+
+    monkeypatch.setattr("jaxlora.config.build.inputs.base", never)
+
+    def refused(arguments: tuple[Any, ...], *words: Any) -> str:
+        ended = call([*map(str, arguments)], evaluate)
+        assert (ended.code, ended.out) == (2, ""), ended
+        error = ended.err[ended.err.index("error: ") :]
+        assert len(error.splitlines()) <= 2, error
+        assert "--config." not in error
+        missing = [str(word) for word in words if str(word) not in error]
+        assert not missing, f"{missing} not in: {error}"
+        return error
+
+    return refused
+
+
+def test_nothing_to_score(refused, run, project, tmp_path):
+    base = "--model", project.model
+    refused((), "--run FOLDER", "--adapter FOLDER", "--model")
+    refused(("--run", "nowhere"), "nowhere is not a run folder")
+    refused(("--adapter", "nowhere"), "adapter folder nowhere does not exist")
+    refused(("--model", "./nowhere", "--data", "x.jsonl"), "--model './nowhere' does not exist")
+    refused(base, "--data F")
+    refused((*base, "--data", tmp_path / "none.jsonl"), "none.jsonl does not exist", "--data takes a hub id")
+    refused((*base, "--split", "test"), "--split goes with --data")
+    refused(("--run", run("plain"), *base), "--model does not go with --run")
+    refused(("--run", run("plain"), "--step", "5"), "no checkpoint of step 5", "4, 6, 8")
+    refused(("--run", run("plain"), "--step", "worst"), "best, last")
+
+
+def test_an_adapter_of_another_base(refused, run, project, tmp_path):
+    adapter = Path(shutil.copytree(run("plain") / "best", tmp_path / "adapter"))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    tensors[name] = tensors[name][:63]
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    data = "--data", project.folder / "eval.jsonl", "--max-length", 48
+    refused(("--adapter", adapter, *data), "does not fit this base", "layers.1.mlp.up_proj.lora_B", "[63, 4]")
+
+
+def test_impossible_values(refused, run, tmp_path):
+    plain = "--run", run("plain")
+    refused((*plain, "--metrics", "nll", "bleu"), "--metrics bleu", "nll, perplexity, token_accuracy")
+    refused((*plain, "--max-length", 65), "--max-length 65", "64 positions", "set --max-length=64 or less")
+    refused((*plain, "--batch-size", 0), "--batch-size 0", "at least 1", "--batch-size=8")
+    refused((*plain, "--generate", -1), "--generate -1", "at least 0")
+    refused((*plain, "--generate", 2, "--max-new-tokens", 64), "--max-new-tokens 64", "--max-new-tokens=32")
+    refused((*plain, "--out", tmp_path), "is a folder")
+    refused((*plain, "--out", tmp_path / "none/f.jsonl"), "cannot be written")
+    refused((*plain, "--nll"), "there is no option --nll")
+
+
+def test_data_that_cannot_be_scored(refused, project, tmp_path):
+    def data(*rows: Any) -> tuple[Any, ...]:
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return "--model", project.model, "--data", file
+
+    question = {"role": "user", "content": "a" * 60}
+    refused(data({"messages": [question]}), "rows.jsonl, row 1", "nothing in it would be trained")
+    answer = {"role": "assistant", "content": "b"}
+    refused((*data({"messages": [question, answer]}), "--max-length", 48), "at --max-length 48", "raise it")
+    refused(
+        (*data({"text": "abc"}), "--generate", 1, "--max-new-tokens", 4),
+        "--generate",
+        "plain text",
+        "set --generate=0",
+    )
+    refused((*data({"text": "abc"}), "--with-base"), "--with-base goes with an adapter")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+def test_a_real_model_on_stories(family, real, scored):
+    """16 stories, all of their tokens: 1.7 nats by a model of 260 thousand parameters, the same in both families."""
+    found = scored("--model", real / f"models/stories260k-{family}", "--data", real / "data/tinystories_sample.jsonl",
+                   "--dtype", "float32")  # fmt: skip
+    assert (found["examples"], found["truncated"], found["trained_tokens"]) == (16, 11, 7723)
+    assert found["eval/nll"] == pytest.approx(1.6735, abs=2e-3)
