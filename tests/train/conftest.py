@@ -1,6 +1,8 @@
 """A model, a tokenizer and data made on the spot, small enough to fine-tune by the whole command within seconds."""
 
 import collections
+import contextlib
+import io
 import json
 import re
 import string
@@ -54,6 +56,38 @@ SETTINGS = {
     "checkpoint.every": 3,
     "log.every": 1,
 }
+
+RUNS: dict[str, dict[str, Any]] = {
+    # A rate so high that the best step, 4, is not the last, 8.
+    "plain": {
+        "optim__learning_rate": 0.4,
+        "train__max_steps": 8,
+        "eval__every": 2,
+        "eval__generate": 5,
+        "eval__max_new_tokens": 4,
+        "checkpoint__every": 2,
+    },
+    "held out": {
+        "model__dtype": "bfloat16",
+        "data__eval": "",
+        "data__eval_fraction": 0.3,
+        "data__packing": False,
+        "data__train_on": "all",
+        "eval__max_examples": 7,
+        "eval__metrics": "nll,token_accuracy",
+        "lora__scaling": "rslora",
+        "lora__targets": "q_proj",
+        "seed": 3,
+    },
+    "variants": {"lora__use_dora": True, "lora__init": "pissa", "lora__targets": "q_proj,down_proj"},
+    "ranks": {
+        "lora__rank_pattern": "q_proj=7,mlp.*=2",
+        "lora__scaling": "rslora",
+        "lora__targets": "q_proj,down_proj,k_proj",
+    },
+    "cut": {"mesh__data": 1, "mesh__fsdp": 8, "lora__targets": "q_proj"},
+}
+"""Runs that other commands are pointed at: what each changes in `SETTINGS`."""
 
 
 class Ended(NamedTuple):
@@ -174,6 +208,27 @@ def project(tmp_path_factory) -> Project:
     eval_rows = write_rows(folder / "eval.jsonl", conversations(60, 20))
     named = {"model.path": str(model), "data.train": str(train_rows), "data.eval": str(eval_rows)}
     return Project(folder, model, write_config(folder / "tiny.py", **named, **SETTINGS))
+
+
+@pytest.fixture(scope="session")
+def run(project, tmp_path_factory) -> Callable[[str], Path]:
+    """run(name) -> the folder of one of `RUNS`, trained when it is first asked for."""
+    found: dict[str, Path] = {}
+
+    def run(name: str) -> Path:
+        if name not in found:
+            workdir = tmp_path_factory.mktemp("runs") / name.replace(" ", "-")
+            devices = jax.local_devices()[: RUNS[name].get("mesh__fsdp", 1)]
+            with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+                patch.setattr(jax, "devices", lambda *_: devices)
+                patch.setattr(sys, "argv", ["jaxlora.train", *project.arguments(workdir, **RUNS[name])])
+                with pytest.raises(SystemExit) as left:
+                    cli.run(train.main)
+            assert left.value.code == 0
+            found[name] = workdir
+        return found[name]
+
+    return run
 
 
 @pytest.fixture
