@@ -226,13 +226,15 @@ def _evaluate(arguments: Namespace) -> int:
         ]
         before = _in_training(chosen, config, data, say)
 
-    if arguments.json:
-        _print_json(chosen, config, data, scored)
-    else:
-        _print_table(chosen, config, model, data, scored, before)
-    if arguments.out:
-        for path, found in zip((arguments.out, _beside(arguments.out, "base")), scored, strict=False):
-            _write(path, found)
+    try:
+        if arguments.json:
+            _print_json(chosen, config, data, scored)
+        else:
+            _print_table(chosen, config, model, data, scored, before)
+    finally:  # whoever reads standard output may be gone; the file is wanted all the same
+        if arguments.out:
+            for path, found in zip((arguments.out, _beside(arguments.out, "base")), scored, strict=False):
+                _write(path, found)
     return cli.EXIT_OK
 
 

@@ -13,8 +13,10 @@ from jaxlora import evaluate
 
 
 @pytest.fixture
-def refused(call, monkeypatch) -> Callable[..., str]:
+def refused(call, run, monkeypatch) -> Callable[..., str]:
     """refused((arguments), words, ...) checks that the command says these words, before it reads the base."""
+
+    run("plain")  # reads the base too, when it is trained
 
     def never(*_: Any) -> None:
         raise AssertionError("the base was read")
