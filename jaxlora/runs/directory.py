@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora.core.errors import InputError
-from jaxlora.runs.files import ASIDE, LOCK, append, encode_json, lock_folder, release, replace
+from jaxlora.runs.files import ASIDE, LOCK, append, encode_json, encode_rows, lock_folder, release, replace
 
 CONFIG, RECORD, METRICS = "config.json", "record.json", "metrics.jsonl"
 _SHOWN = 4  # differing config keys named in a message before it goes on with a count
@@ -198,10 +198,8 @@ class RunDirectory:
         Raises:
             ValueError: columns of different lengths.
         """
-        rows = zip(*columns.values(), strict=True)
-        lines = b"".join(encode_json(dict(zip(columns, row, strict=True))) for row in rows)
         file = self.evaluations / f"{name}-{int(step):08d}.jsonl"
-        self._write(file, lines)
+        self._write(file, encode_rows(columns))
         return file
 
     def read_evaluation(self, step: int, name: str = "eval") -> dict[str, list[Any]]:

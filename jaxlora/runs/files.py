@@ -5,7 +5,7 @@ import json
 import math
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +30,16 @@ def encode_json(value: Any, indent: int | None = None) -> bytes:
         TypeError: a value has no JSON form.
     """
     return (json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def encode_rows(columns: Mapping[str, Sequence[Any]]) -> bytes:
+    """Columns of one length as JSON, one object a line.
+
+    Raises:
+        ValueError: columns of different lengths.
+    """
+    rows = zip(*columns.values(), strict=True)
+    return b"".join(encode_json(dict(zip(columns, row, strict=True))) for row in rows)
 
 
 def _plain(value: Any) -> Any:

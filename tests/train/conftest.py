@@ -1,10 +1,15 @@
 """A model, a tokenizer and data made on the spot, small enough to fine-tune by the whole command within seconds."""
 
+import collections
+import contextlib
+import io
 import json
+import re
 import string
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +39,7 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+COMPILED = "/jax/core/compile/backend_compile_duration"
 SETTINGS = {
     "model.dtype": "float32",
     "model.remat": "none",
@@ -50,6 +56,38 @@ SETTINGS = {
     "checkpoint.every": 3,
     "log.every": 1,
 }
+
+RUNS: dict[str, dict[str, Any]] = {
+    # A rate so high that the best step, 4, is not the last, 8.
+    "plain": {
+        "optim__learning_rate": 0.4,
+        "train__max_steps": 8,
+        "eval__every": 2,
+        "eval__generate": 5,
+        "eval__max_new_tokens": 4,
+        "checkpoint__every": 2,
+    },
+    "held out": {
+        "model__dtype": "bfloat16",
+        "data__eval": "",
+        "data__eval_fraction": 0.3,
+        "data__packing": False,
+        "data__train_on": "all",
+        "eval__max_examples": 7,
+        "eval__metrics": "nll,token_accuracy",
+        "lora__scaling": "rslora",
+        "lora__targets": "q_proj",
+        "seed": 3,
+    },
+    "variants": {"lora__use_dora": True, "lora__init": "pissa", "lora__targets": "q_proj,down_proj"},
+    "ranks": {
+        "lora__rank_pattern": "q_proj=7,mlp.*=2",
+        "lora__scaling": "rslora",
+        "lora__targets": "q_proj,down_proj,k_proj",
+    },
+    "cut": {"mesh__data": 1, "mesh__fsdp": 8, "lora__targets": "q_proj"},
+}
+"""Runs that other commands are pointed at: what each changes in `SETTINGS`."""
 
 
 class Ended(NamedTuple):
@@ -172,18 +210,56 @@ def project(tmp_path_factory) -> Project:
     return Project(folder, model, write_config(folder / "tiny.py", **named, **SETTINGS))
 
 
-@pytest.fixture
-def call(capfd, monkeypatch) -> Callable[[list[str]], Ended]:
-    """call(arguments) runs the command in this process, as `python -m jaxlora.train` would."""
+@pytest.fixture(scope="session")
+def run(project, tmp_path_factory) -> Callable[[str], Path]:
+    """run(name) -> the folder of one of `RUNS`, trained when it is first asked for."""
+    found: dict[str, Path] = {}
 
-    def call(arguments: list[str]) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["jaxlora.train", *arguments])
+    def run(name: str) -> Path:
+        if name not in found:
+            workdir = tmp_path_factory.mktemp("runs") / name.replace(" ", "-")
+            devices = jax.local_devices()[: RUNS[name].get("mesh__fsdp", 1)]
+            with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+                patch.setattr(jax, "devices", lambda *_: devices)
+                patch.setattr(sys, "argv", ["jaxlora.train", *project.arguments(workdir, **RUNS[name])])
+                with pytest.raises(SystemExit) as left:
+                    cli.run(train.main)
+            assert left.value.code == 0
+            found[name] = workdir
+        return found[name]
+
+    return run
+
+
+@pytest.fixture
+def call(capfd, monkeypatch) -> Callable[..., Ended]:
+    """call(arguments) runs the command in this process, as `python -m jaxlora.train` would, or another command."""
+
+    def call(arguments: list[str], command: ModuleType = train) -> Ended:
+        monkeypatch.setattr(sys, "argv", [command.__name__, *arguments])
         capfd.readouterr()
         with pytest.raises(SystemExit) as left:
-            cli.run(train.main)
+            cli.run(command.main)
         return Ended(left.value.code, *capfd.readouterr())  # type: ignore[arg-type]
 
     return call
+
+
+@pytest.fixture
+def counted() -> Iterator[collections.Counter[str]]:
+    """How often JAX compiled something, or looked into its cache, by the event's or the program's name."""
+    events: collections.Counter[str] = collections.Counter()
+
+    def count(name: str, *_: Any, fun_name: str = "", **__: Any) -> None:
+        events[name] += 1
+        if name == COMPILED:
+            events[re.sub(r"^jit[_(]|\)$", "", fun_name)] += 1  # "jit(step)" or "jit_step", by JAX's version
+
+    jax.monitoring.register_event_listener(count)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    yield events
+    jax.monitoring.unregister_event_listener(count)
+    jax.monitoring.unregister_event_duration_listener(count)
 
 
 @pytest.fixture(autouse=True)

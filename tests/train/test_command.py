@@ -1,6 +1,5 @@
 """The train command from its arguments to the folder it leaves, on a model of a few thousand parameters."""
 
-import collections
 import contextlib
 import io
 import json
@@ -9,7 +8,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,23 +48,6 @@ def finished(project, tmp_path_factory) -> Finished:
     assert left.value.code == 0
     (workdir,) = (here / "runs").iterdir()
     return Finished(workdir, out.getvalue(), arguments)
-
-
-@pytest.fixture
-def counted() -> Iterator[collections.Counter[str]]:
-    """How often JAX compiled something, or looked into its cache, by the event's or the program's name."""
-    events: collections.Counter[str] = collections.Counter()
-
-    def count(name: str, *_: Any, fun_name: str = "", **__: Any) -> None:
-        events[name] += 1
-        if name == COMPILED:
-            events[re.sub(r"^jit[_(]|\)$", "", fun_name)] += 1  # "jit(step)" or "jit_step", by JAX's version
-
-    jax.monitoring.register_event_listener(count)
-    jax.monitoring.register_event_duration_secs_listener(count)
-    yield events
-    jax.monitoring.unregister_event_listener(count)
-    jax.monitoring.unregister_event_duration_listener(count)
 
 
 def lines(workdir: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlora.config.build.inputs import Model
+from jaxlora.core.compilation import compiler_options
 from jaxlora.lora import variants
 from jaxlora.lora.spec import LoraSpec
 from jaxlora.models.decoder import Decoder
@@ -44,7 +45,13 @@ def effective(
 ) -> dict[str, Any]:
     """An adapter that was read (see `load_peft`), as the decoder reads it, placed beside the base."""
     placed = jax.device_put(dict(adapter), sharding.tree_shardings(model.mesh, adapter))
-    return jax.jit(lambda base, adapter: variants.effective(base, adapter, spec.scales))(base, placed)
+
+    def make(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Any]:
+        return variants.effective(base, adapter, spec.scales)
+
+    placements = sharding.tree_shardings(model.mesh, jax.eval_shape(make, base, placed))
+    options = compiler_options(model.mesh.devices.flat[0].platform)
+    return jax.jit(make, out_shardings=placements, compiler_options=options)(base, placed)
 
 
 def session(model: Model, base: dict[str, Any], lora: dict[str, Any]) -> Session:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from jaxlora.config.schema import Config
+from jaxlora.config.schema import Config, ModelConfig
 from jaxlora.core.errors import InputError, LayoutError
 from jaxlora.core.tree import unflatten
 from jaxlora.data.batches import Batches, EvalBatches, Examples, prepare
@@ -51,19 +51,29 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
-    """Training and held-out data, encoded and laid out.
+class HeldOut:
+    """Held-out data, encoded and laid out.
 
     Attributes:
-        train, eval: batches. train_source, eval_source: the conversations they come from.
+        eval: batches. eval_source: the conversations they come from.
         encoder: template and tokenizer.
     """
 
-    train: Batches
     eval: EvalBatches
-    train_source: Source
     eval_source: Source
     encoder: ChatEncoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(HeldOut):
+    """Held-out data and training data.
+
+    Attributes:
+        train: batches. train_source: the conversations they come from.
+    """
+
+    train: Batches
+    train_source: Source
 
 
 # ---- model ----------------------------------------------------------------------------------------------------
@@ -77,23 +87,25 @@ def model(config: Config, weights: bool = True) -> Model:
             longer than the model's positions.
     """
     mesh = make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor), jax.devices())
-    files = resolve_model(config.model.path, config.model.revision, weights=weights)
+    found = find(config.model, mesh, weights)
+    check_positions(config, found.spec.max_position_embeddings)
+    check_rows("train.micro_batch_size", config.train.micro_batch_size, mesh)
+    check_rows("eval.batch_size", config.eval.batch_size, mesh)
+    return found
+
+
+def find(chosen: ModelConfig, mesh: Mesh, weights: bool = True) -> Model:
+    """Finds a base and reads its config; loads no weights, and knows nothing of the rows it will be given.
+
+    Raises:
+        InputError: no such model, or one that the decoder cannot compute.
+    """
+    files = resolve_model(chosen.path, chosen.revision, weights=weights)
     spec = DecoderSpec.from_hf(files.config)
-    check_positions(config, spec.max_position_embeddings)
-    for key, rows in (
-        ("train.micro_batch_size", config.train.micro_batch_size),
-        ("eval.batch_size", config.eval.batch_size),
-    ):
-        if rows % sharding.row_devices(mesh):
-            shares = sharding.row_devices(mesh)
-            raise InputError(
-                f"{key} = {rows} cannot be shared out evenly over {shares} devices (mesh.data x mesh.fsdp); "
-                f"set it to a multiple of {shares}, such as --config.{key}={shares * max(1, round(rows / shares))}."
-            )
     decoder = Decoder(
         spec,
-        remat=config.model.remat,
-        dtype=jnp.dtype(config.model.dtype),
+        remat=chosen.remat,
+        dtype=jnp.dtype(chosen.dtype),
         activation_sharding=sharding.activation_sharding(mesh) if mesh.size > 1 else None,
     )
     return Model(files, spec, decoder, mesh)
@@ -105,6 +117,16 @@ def check_positions(config: Config, positions: int) -> None:
         raise LayoutError(
             f"data.max_length = {config.data.max_length}, but {config.model.path} was made for at most "
             f"{positions} positions; set --config.data.max_length={positions} or less."
+        )
+
+
+def check_rows(key: str, rows: int, mesh: Mesh) -> None:
+    """Raises InputError when the rows of a batch, as many as the config's `key` says, do not divide over the mesh."""
+    shares = sharding.row_devices(mesh)
+    if rows % shares:
+        raise InputError(
+            f"{key} = {rows} cannot be shared out evenly over {shares} devices (mesh.data x mesh.fsdp); "
+            f"set it to a multiple of {shares}, such as --config.{key}={shares * max(1, round(rows / shares))}."
         )
 
 
@@ -137,40 +159,66 @@ def data(
         progress: conversations encoded.
     """
     chosen = config.data
-    train = load_conversations(chosen.train, chosen.train_split)
-    say(train.description)
-    if chosen.eval:
-        held_out = load_conversations(chosen.eval, chosen.eval_split)
-        say(held_out.description)
-    else:
-        train, held_out = split_off_eval(train, chosen.eval_fraction, config.seed)
-        say(
-            f"{len(held_out):,} of them are held out to evaluate on (data.eval_fraction {chosen.eval_fraction:g})"
-        )
-
-    def encoded(source: Source) -> Examples:
-        examples = prepare(source, encoder, chosen.max_length, progress=progress)
-        for line in examples.describe():
-            say(line)
-        return examples
-
-    eval_examples = encoded(held_out)
-    if config.eval.max_examples:
-        eval_examples = eval_examples.first(config.eval.max_examples)
+    train, source = _sources(config, say)
+    batches = _eval_batches(config, source, encoder, say, progress)
     return Data(
+        batches,
+        source,
+        encoder,
         Batches(
-            encoded(train),
+            _encoded(config, train, encoder, say, progress),
             config.train.batch_size,
             chosen.max_length,
             seed=config.seed,
             shuffle=chosen.shuffle,
             packing=chosen.packing,
         ),
-        EvalBatches(eval_examples, config.eval.batch_size, chosen.max_length, packing=chosen.packing),
         train,
-        held_out,
-        encoder,
     )
+
+
+def held_out(
+    config: Config, encoder: ChatEncoder, say: Callable[[str], None], progress: Counter | None = None
+) -> HeldOut:
+    """The held-out part of `data` alone: the same rows, in the same batches."""
+    source = _eval_source(config, say) if config.data.eval else _sources(config, say)[1]
+    return HeldOut(_eval_batches(config, source, encoder, say, progress), source, encoder)
+
+
+def _sources(config: Config, say: Callable[[str], None]) -> tuple[Source, Source]:
+    """The conversations to train on, and those to evaluate on."""
+    chosen = config.data
+    train = load_conversations(chosen.train, chosen.train_split)
+    say(train.description)
+    if chosen.eval:
+        return train, _eval_source(config, say)
+    train, source = split_off_eval(train, chosen.eval_fraction, config.seed)
+    say(f"{len(source):,} of them are held out to evaluate on (data.eval_fraction {chosen.eval_fraction:g})")
+    return train, source
+
+
+def _eval_source(config: Config, say: Callable[[str], None]) -> Source:
+    source = load_conversations(config.data.eval, config.data.eval_split)
+    say(source.description)
+    return source
+
+
+def _eval_batches(
+    config: Config, source: Source, encoder: ChatEncoder, say: Callable[[str], None], progress: Counter | None
+) -> EvalBatches:
+    examples = _encoded(config, source, encoder, say, progress)
+    if config.eval.max_examples:
+        examples = examples.first(config.eval.max_examples)
+    return EvalBatches(examples, config.eval.batch_size, config.data.max_length, packing=config.data.packing)
+
+
+def _encoded(
+    config: Config, source: Source, encoder: ChatEncoder, say: Callable[[str], None], progress: Counter | None
+) -> Examples:
+    examples = prepare(source, encoder, config.data.max_length, progress=progress)
+    for line in examples.describe():
+        say(line)
+    return examples
 
 
 def total_steps(config: Config, batches: Batches) -> int:

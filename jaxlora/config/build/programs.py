@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlora.config.build.inputs import Model
 from jaxlora.config.schema import Config
@@ -178,19 +178,6 @@ def compile_programs(config: Config, model: Model, like: TrainState) -> Programs
         like: the state, or its shapes.
     """
     shapes, mesh = model.shapes(), model.mesh
-    whole = NamedSharding(mesh, PartitionSpec())
-    options = compiler_options(mesh.devices.flat[0].platform)
-
-    def batch(*rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        placement = sharding.batch_sharding(mesh, len(rows) > 1)
-        kinds = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32) | {
-            "weights": jnp.float32
-        }
-        return {
-            name: jax.ShapeDtypeStruct((*rows, config.data.max_length), kind, sharding=placement)
-            for name, kind in kinds.items()
-        }
-
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
     micro = config.train.micro_batch_size
     step = make_train_step(model.decoder, dropout=any(lora_spec(config).dropouts.values()))
@@ -200,15 +187,48 @@ def compile_programs(config: Config, model: Model, like: TrainState) -> Programs
         lora,
         sharding.tree_shardings(mesh, lora),
     )
-    placements = (jax.tree.map(lambda x: x.sharding, state), whole)
+    placements = (jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, PartitionSpec()))
     lowered = (
         jax.jit(step, donate_argnums=0, out_shardings=placements).lower(
-            state, shapes, batch(config.train.batch_size // micro, micro)
+            state, shapes, _batch_shapes(config, mesh, config.train.batch_size // micro, micro)
         ),
         jax.jit(effective_adapter, out_shardings=jax.tree.map(lambda x: x.sharding, lora)).lower(
             state, shapes
         ),
-        jax.jit(make_eval_step(model.decoder)).lower(lora, shapes, batch(config.eval.batch_size)),
+        _lower_evaluation(config, model, lora),
     )
+    return Programs(*_compile(model, lowered))
+
+
+def compile_evaluation(
+    config: Config, model: Model, loras: Sequence[Mapping[str, Any]]
+) -> list[Callable[..., Any]]:
+    """Compiles `(lora, base, batch) -> TokenLosses` for adapters of each of these forms, the program of a run.
+
+    Args:
+        loras: adapters as the decoder reads them, or their placed shapes; {} for the bare base.
+    """
+    return _compile(model, [_lower_evaluation(config, model, lora) for lora in loras])
+
+
+def _lower_evaluation(config: Config, model: Model, lora: Mapping[str, Any]) -> Any:
+    batch = _batch_shapes(config, model.mesh, config.eval.batch_size)
+    return jax.jit(make_eval_step(model.decoder)).lower(lora, model.shapes(), batch)
+
+
+def _batch_shapes(config: Config, mesh: Mesh, *rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch's placed shapes [*rows, T]."""
+    placement = sharding.batch_sharding(mesh, len(rows) > 1)
+    kinds = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32) | {
+        "weights": jnp.float32
+    }
+    return {
+        name: jax.ShapeDtypeStruct((*rows, config.data.max_length), kind, sharding=placement)
+        for name, kind in kinds.items()
+    }
+
+
+def _compile(model: Model, lowered: Sequence[Any]) -> list[Any]:
+    options = compiler_options(model.mesh.devices.flat[0].platform)
     with ThreadPoolExecutor(len(lowered)) as pool:  # XLA compiles outside Python's lock
-        return Programs(*pool.map(lambda program: program.compile(compiler_options=options), lowered))
+        return list(pool.map(lambda program: program.compile(compiler_options=options), lowered))

@@ -4,11 +4,11 @@ import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
-from jaxlora.config.build.inputs import Data, Model
+from jaxlora.config.build.inputs import Data, HeldOut, Model
 from jaxlora.config.build.programs import Programs, put_batch
 from jaxlora.config.schema import Config
 from jaxlora.runs.progress import Progress
-from jaxlora.training.answers import Answers
+from jaxlora.training.answers import Answers, exact_match
 from jaxlora.training.evaluate import Evaluator
 from jaxlora.training.events import EarlyStop, Evaluate, Guard, Log, Save
 from jaxlora.training.loop import Events
@@ -16,7 +16,7 @@ from jaxlora.training.recording import Recorder
 from jaxlora.training.state import TrainState
 
 
-def answers(config: Config, model: Model, data: Data, say: Callable[[str], None]) -> Answers | None:
+def answers(config: Config, model: Model, data: HeldOut, say: Callable[[str], None]) -> Answers | None:
     """The held-out prompts to answer at each evaluation, or None when eval.generate is 0; says what is left out."""
     if not config.eval.generate:
         return None
@@ -99,15 +99,20 @@ def evaluator(
         metrics, per_example = score(lora, base, progress.eval)
         if answers is None:
             return metrics, per_example, None
-        with progress.stage("answering held-out prompts") as stage:
-            found = answers.answer(lora, base, stage)
-        columns = {
-            name: [getattr(a, name) for a in found] for name in ("prompt", "reference", "text", "exact")
-        }
-        exact = sum(a.exact for a in found) / len(found)
-        return {**metrics, "exact_match": exact}, per_example, columns
+        exact, columns = answered(answers, lora, base, progress)
+        return {**metrics, **exact}, per_example, columns
 
     return run
+
+
+def answered(
+    answers: Answers, lora: Any, base: Any, progress: Progress
+) -> tuple[dict[str, float], dict[str, list[Any]]]:
+    """What the answers come to: metrics by name, and the answers' columns."""
+    with progress.stage("answering held-out prompts") as stage:
+        found = answers.answer(lora, base, stage)
+    columns = {name: [getattr(a, name) for a in found] for name in ("prompt", "reference", "text", "exact")}
+    return {"exact_match": exact_match(found)}, columns
 
 
 def facts(config: Config, model: Model, data: Data) -> dict[str, Any]:

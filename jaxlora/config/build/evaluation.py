@@ -1,0 +1,89 @@
+"""What an evaluation outside of a run is made of: the devices it takes, and what it finds."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from jaxlora.config.build import programs, wiring
+from jaxlora.config.build.inputs import HeldOut, Model
+from jaxlora.config.schema import MeshConfig
+from jaxlora.core.errors import InputError
+from jaxlora.parallel import sharding
+from jaxlora.parallel.mesh import make_mesh
+from jaxlora.runs.progress import Progress
+from jaxlora.training.answers import Answers
+from jaxlora.training.evaluate import Evaluator
+
+
+def fitting_mesh(wanted: MeshConfig, rows: int, devices: Sequence[Any], say: Callable[[str], None]) -> Mesh:
+    """The mesh to evaluate on: the one that is wanted, or as many devices as a batch's rows divide over.
+
+    A base that is cut stays cut, and the devices are not reduced: fewer may not hold it (see `inputs.check_rows`).
+
+    Args:
+        wanted: of the run, or a new one.
+        rows: in a batch.
+        devices: all there are.
+        say: takes a line for the person, where it is another mesh.
+    """
+    cut = (wanted.fsdp, wanted.tensor) != (1, 1)
+    try:
+        mesh = make_mesh((wanted.data, wanted.fsdp, wanted.tensor), devices)
+    except InputError:  # the run had other devices
+        mesh = None
+    if mesh is not None and (cut or rows % sharding.row_devices(mesh) == 0):
+        return mesh
+    count = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
+    if mesh is None:
+        asked = f"mesh.data = {wanted.data}, mesh.fsdp = {wanted.fsdp}, mesh.tensor = {wanted.tensor}"
+        say(f"the run's mesh ({asked}) does not fit {len(devices)} devices: rows are shared out over {count}")
+    else:
+        say(f"{count} of {len(devices)} devices are used: a batch of {rows} rows divides over no more")
+    return make_mesh((1, count, 1) if cut else (count, 1, 1), devices[:count])
+
+
+class Scored(NamedTuple):
+    """An evaluation's outcome.
+
+    Attributes:
+        metrics: by name, with exact_match where prompts were answered.
+        per_example: columns, as `training.evaluate.Evaluation` has them.
+        answers: columns, or None.
+        seconds: that the losses took, without compilation and answers.
+    """
+
+    metrics: dict[str, float]
+    per_example: dict[str, list[Any]]
+    answers: dict[str, list[Any]] | None
+    seconds: float
+
+
+def score(
+    step: Callable[..., Any],
+    model: Model,
+    data: HeldOut,
+    base: Mapping[str, Any],
+    lora: Mapping[str, Any],
+    metrics: Sequence[str],
+    answers: Answers | None,
+    progress: Progress,
+) -> Scored:
+    """Evaluates one adapter, as a run does.
+
+    Args:
+        step: of `programs.compile_evaluation`, for this adapter.
+        lora: the adapter as the decoder reads it; {} for the bare base.
+        metrics: names of `METRICS`.
+        answers: the prompts to answer besides, or None.
+    """
+    evaluator = Evaluator(step, data.eval, programs.put_batch(model), metrics)
+    progress.eval(0, data.eval.num_batches)
+    began = time.perf_counter()
+    found, per_example = evaluator(lora, base, progress.eval)
+    seconds = time.perf_counter() - began
+    if answers is None:
+        return Scored(found, per_example, None, seconds)
+    exact, columns = wiring.answered(answers, lora, base, progress)
+    return Scored({**found, **exact}, per_example, columns, seconds)
