@@ -1,5 +1,6 @@
 """A decoder small enough to train in a test, in float32, with an adapter that already does something."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -50,20 +51,33 @@ def settings(**changed) -> Settings:
     return Settings(optimizer=optimizer._replace(**inner), **outer)
 
 
-@pytest.fixture(scope="session")
-def make_tiny():
-    """(**settings) -> Tiny: 2 layers, odd sizes, grouped-query attention; the same weights at every call."""
+@functools.cache
+def tiny_model() -> tuple[Decoder, dict, dict]:
+    """2 layers, odd sizes, grouped-query attention: (decoder, base, adapter); made once in a process."""
     spec = DecoderSpec(
         model_type="qwen2", vocab_size=72, hidden_size=48, intermediate_size=80, num_layers=2, num_heads=4,
         num_kv_heads=2, head_dim=12, rms_norm_eps=1e-6, rope_theta=10_000.0, qkv_bias=True,
         tie_word_embeddings=False, sliding_window=None, max_position_embeddings=128,
     )  # fmt: skip
     decoder = Decoder(spec, remat="none", dtype=jnp.float32)
-    ids = jnp.ones((1, 4), jnp.int32)
-    base = decoder.init(jax.random.key(0), ids, ids, ids)["params"]
-    base = jax.tree.map(lambda x: x * 2, base)  # far enough from zero that attention and losses are not flat
-    adapter = lora.init(jax.random.key(1), base, dict.fromkeys(TARGETS, 4))
-    adapter = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(2), x.shape), adapter)
+
+    @jax.jit  # one program, where every operation by itself would be compiled: a third of the time
+    def weights():
+        ids = jnp.ones((1, 4), jnp.int32)
+        base = decoder.init(jax.random.key(0), ids, ids, ids)["params"]
+        # Far enough from zero that attention and losses are not flat.
+        base = jax.tree.map(lambda x: x * 2, base)
+        adapter = lora.init(jax.random.key(1), base, dict.fromkeys(TARGETS, 4))
+        noise = jax.tree.map(lambda x: 0.02 * jax.random.normal(jax.random.key(2), x.shape), adapter)
+        return base, jax.tree.map(jnp.add, adapter, noise)
+
+    return decoder, *weights()
+
+
+@pytest.fixture(scope="session")
+def make_tiny():
+    """(**settings) -> Tiny with the same weights at every call."""
+    decoder, base, adapter = tiny_model()
 
     def make(**changed) -> Tiny:
         state = new_state(jax.tree.map(jnp.copy, adapter), jax.random.key(3), settings(**changed))
