@@ -103,6 +103,7 @@ def train_by_peft(
     batches: Batches,
     lora: peft.LoraConfig | None = None,
     make_optimizer: Callable[[peft.PeftModel, Config], torch.optim.Optimizer] = adamw,
+    read: Callable[[Config, peft.PeftModel, Mapping[str, Sequence[float]]], Trained] | None = None,
 ) -> Trained:
     """The whole training in torch: transformers' forward pass and schedule, PEFT's adapter, clipping by global norm.
 
@@ -111,6 +112,7 @@ def train_by_peft(
         batches: the examples of each step.
         lora: None is that of `peft_config`.
         make_optimizer: for what is no setting of the adapter.
+        read: what is made of the trained model and its curves; None is `trained_by_peft`.
     """
     chosen, steps = config.optim, config.train.max_steps
     model = start_by_peft(config, lora or peft_config(config))
@@ -138,7 +140,7 @@ def train_by_peft(
         optimizer.zero_grad()
         for name, value in (("objective", objective), ("nll", nll), ("grad_norm", norm.item())):
             curves[name].append(value)
-    return trained_by_peft(config, model, curves)
+    return (read or trained_by_peft)(config, model, curves)
 
 
 @one_thread()
@@ -186,6 +188,18 @@ def train_by_trainer(config: Config, batches: Batches, folder: Path) -> Trained:
         "grad_norm": [line["grad_norm"] for line in lines],
     }
     return trained_by_peft(config, model, curves)
+
+
+def pairs_by_peft(config: Config, model: peft.PeftModel, curves: Mapping[str, Sequence[float]]) -> Trained:
+    """The end of a training as it is in memory, for adapters that PEFT saves with its own idea of a base."""
+    stacks: dict[str, list[np.ndarray]] = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:  # base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight
+            *_, block, module, leaf, _, _ = name.split(".")
+            path = f"layers/{block}/{module}/{leaf[-1].lower()}"
+            stacks.setdefault(path, []).append(parameter.detach().numpy().T.astype(np.float64))
+    adapter = {path: np.stack(layers) for path, layers in stacks.items()}
+    return Trained({name: np.array(values) for name, values in curves.items()}, {}, adapter)
 
 
 def trained_by_peft(config: Config, model: peft.PeftModel, curves: Mapping[str, Sequence[float]]) -> Trained:

@@ -58,6 +58,19 @@ def minus(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> dic
     return {path: leaf - other[path] for path, leaf in one.items()}
 
 
+def products(trained: Trained) -> Trained:
+    """The same training with a b in the place of a and b: where they start as singular vectors, signs are arbitrary."""
+
+    def multiplied(tree: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {
+            path.removesuffix("/a"): leaf @ tree[path.removesuffix("a") + "b"]
+            for path, leaf in tree.items()
+            if path.endswith("/a")
+        }
+
+    return Trained(trained.curves, multiplied(trained.start), multiplied(trained.adapter))
+
+
 def compare(ours: Trained, theirs: Trained) -> Differences:
     """The largest differences between two trainings that began with the same adapter."""
     assert norm(minus(ours.start, theirs.start)) == 0.0

