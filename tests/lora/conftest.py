@@ -28,6 +28,23 @@ def peft():
     return pytest.importorskip("peft")
 
 
+@pytest.fixture(scope="session")
+def close():
+    """close(what, ours, theirs, bound=1e-4): no element differs by more; -s prints the largest by what."""
+    largest: dict[str, tuple[int, float]] = {}
+
+    def check(what: str, ours: np.ndarray, theirs: np.ndarray, bound: float = 1e-4) -> None:
+        difference = float(np.abs(ours - theirs).max())
+        count, before = largest.get(what, (0, 0.0))
+        largest[what] = count + 1, max(before, difference)
+        assert difference < bound, what
+
+    yield check
+    print("\n\nlargest absolute difference (comparisons)")
+    for what, (count, difference) in largest.items():
+        print(f"  {difference:.1e}  {what} ({count})")
+
+
 class Pair(NamedTuple):
     """One random base, twice: `model` is transformers', `base` and `spec` are ours."""
 

@@ -210,20 +210,20 @@ LORAS = {
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::UserWarning:peft")
 @pytest.mark.parametrize("name", ["Qwen2", "Mistral"])
 @pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
-def test_peft_loads_our_folder_and_gives_our_logits(name, lora, tmp_path, peft, make_pair):
+def test_peft_loads_our_folder_and_gives_our_logits(name, lora, tmp_path, peft, make_pair, close):
     pair = make_pair(tmp_path / "base", name)
     adapter = random_adapter(lora, pair.spec)
     save_peft(tmp_path / "a", adapter, lora, str(tmp_path / "base"))
     bare = pair.theirs()
     theirs = pair.theirs(peft.PeftModel.from_pretrained(pair.model, tmp_path / "a").eval())
     assert np.abs(theirs - bare).max() > 0.1  # the adapter is felt
-    assert np.abs(pair.logits(scale(adapter, lora.scale)) - theirs).max() < 1e-4
+    close("ours exported: logits against PEFT", pair.logits(scale(adapter, lora.scale)), theirs)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::UserWarning:peft")
 @pytest.mark.parametrize("name", ["Qwen2", "Mistral"])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], r".*\.(up|down)_proj"])
-def test_a_folder_that_peft_wrote_is_read_and_written_again(name, targets, tmp_path, peft, make_pair):
+def test_a_folder_that_peft_wrote_is_read_and_written_again(name, targets, tmp_path, peft, make_pair, close):
     import torch
 
     pair = make_pair(tmp_path / "base", name)
@@ -244,7 +244,7 @@ def test_a_folder_that_peft_wrote_is_read_and_written_again(name, targets, tmp_p
         r".*\.(up|down)_proj": ("up_proj", "down_proj"),
     }
     assert lora == LoraSpec(5, 7.0, 0.2, expected[str(targets)], "rslora")
-    assert np.abs(pair.logits(scale(adapter, lora.scale)) - pair.theirs(model)).max() < 1e-4
+    close("PEFT's imported: logits against PEFT", pair.logits(scale(adapter, lora.scale)), pair.theirs(model))
 
     save_peft(tmp_path / "ours", adapter, lora, "base")
     first, second = (load_file(tmp_path / folder / WEIGHTS_FILE) for folder in ("theirs", "ours"))

@@ -52,7 +52,7 @@ def changed(start, seed=0):
 
 @pytest.mark.parametrize("name", ["Qwen2", "Mistral"])
 @pytest.mark.parametrize("rslora", [False, True])
-def test_dora_is_pefts_both_ways(name, rslora, tmp_path, peft, make_pair):
+def test_dora_is_pefts_both_ways(name, rslora, tmp_path, peft, make_pair, close):
     pair = make_pair(tmp_path / "base", name)
     config = peft.LoraConfig(
         r=5,
@@ -70,19 +70,34 @@ def test_dora_is_pefts_both_ways(name, rslora, tmp_path, peft, make_pair):
     adapter, lora = load_peft(tmp_path / "theirs", pair.spec)
     assert lora == LoraSpec(5, 7.0, 0.0, TARGETS, "rslora" if rslora else "alpha/r", use_dora=True)
     effective = variants.effective(pair.base, adapter, lora.scales)
-    assert np.abs(pair.logits(effective) - expected).max() < CLOSE
+    close(
+        "DoRA: logits against PEFT, ours exported, PEFT's imported, merged",
+        pair.logits(effective),
+        expected,
+        CLOSE,
+    )
     # the magnitudes are felt
     without = variants.effective(
         pair.base, map_leaves(lambda p, x: x * (2 if p[-1] == "m" else 1), adapter), lora.scales
     )
     assert np.abs(pair.logits(without) - expected).max() > 0.1
     # merged = applied
-    assert np.abs(pair.logits(base=tree.merge(pair.base, effective)) - expected).max() < CLOSE
+    close(
+        "DoRA: logits against PEFT, ours exported, PEFT's imported, merged",
+        pair.logits(base=tree.merge(pair.base, effective)),
+        expected,
+        CLOSE,
+    )
 
     save_peft(tmp_path / "ours", adapter, lora, str(tmp_path / "base"))
     fresh = make_pair(tmp_path / "base", name).model
     again = peft.PeftModel.from_pretrained(fresh, tmp_path / "ours").eval()
-    assert np.abs(pair.theirs(again) - expected).max() < 1e-5
+    close(
+        "DoRA: logits against PEFT, ours exported, PEFT's imported, merged",
+        pair.theirs(again),
+        expected,
+        1e-5,
+    )
 
 
 def test_dora_starts_from_the_bases_norms_and_changes_nothing(tmp_path, make_pair):
@@ -119,7 +134,7 @@ def test_the_norm_by_parts_is_the_norm_of_the_sum(dtype, tmp_path, make_pair):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_pissa_starts_as_pefts_does(rslora, tmp_path, peft, make_pair):
+def test_pissa_starts_as_pefts_does(rslora, tmp_path, peft, make_pair, close):
     pair = make_pair(tmp_path / "base", "Qwen2")
     lora = LoraSpec(6, 9.0, targets=("q_proj", "down_proj"), scaling="rslora" if rslora else "alpha/r")
     before = pair.theirs()
@@ -143,8 +158,8 @@ def test_pissa_starts_as_pefts_does(rslora, tmp_path, peft, make_pair):
             np.testing.assert_allclose(kernel - lora.scale * product, rest, atol=2e-5)
             np.testing.assert_allclose(np.abs(parts["a"][layer]), np.abs(a), atol=2e-3)
     effective = variants.effective(pair.base, adapter, lora.scales, anchor)
-    np.testing.assert_allclose(pair.logits(effective), before, atol=1e-4)
-    np.testing.assert_allclose(pair.theirs(theirs), before, atol=1e-4)
+    close("PiSSA's start: logits against the bare base's", pair.logits(effective), before)
+    close("PiSSA's start in PEFT: the same", pair.theirs(theirs), before)
 
 
 def test_pissa_by_iteration_finds_the_same_subspace(tmp_path, make_pair):
@@ -161,7 +176,7 @@ def test_pissa_by_iteration_finds_the_same_subspace(tmp_path, make_pair):
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_pissa_is_exported_as_an_ordinary_adapter_on_the_bases_own_weights(
-    use_dora, tmp_path, peft, make_pair
+    use_dora, tmp_path, peft, make_pair, close
 ):
     pair = make_pair(tmp_path / "base", "Qwen2")
     lora = LoraSpec(4, 6.0, scaling="rslora", use_dora=use_dora)
@@ -174,15 +189,25 @@ def test_pissa_is_exported_as_an_ordinary_adapter_on_the_bases_own_weights(
     assert found.scale == pytest.approx(lora.scale)
     theirs = pair.theirs(peft.PeftModel.from_pretrained(pair.model, tmp_path / "a").eval())
     assert np.abs(theirs - pair.logits()).max() > 0.1
-    assert np.abs(theirs - expected).max() < CLOSE
-    assert np.abs(pair.logits(variants.effective(pair.base, loaded, found.scales)) - expected).max() < CLOSE
+    close(
+        "PiSSA exported as an ordinary adapter: logits against PEFT on the base's own weights",
+        theirs,
+        expected,
+        CLOSE,
+    )
+    close(
+        "PiSSA exported as an ordinary adapter: logits against PEFT on the base's own weights",
+        pair.logits(variants.effective(pair.base, loaded, found.scales)),
+        expected,
+        CLOSE,
+    )
 
 
 # ---- ranks by module -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scaling", ["alpha/r", "rslora"])
-def test_ranks_by_module_are_pefts_and_are_exported_as_one_rank(scaling, tmp_path, peft, make_pair):
+def test_ranks_by_module_are_pefts_and_are_exported_as_one_rank(scaling, tmp_path, peft, make_pair, close):
     pair = make_pair(tmp_path / "base", "Mistral")
     lora = LoraSpec(5, 8.0, scaling=scaling, rank_pattern=PATTERN)
     ranks = {"q_proj": 7, "k_proj": 3, "v_proj": 3, "o_proj": 3, "gate_proj": 2, "up_proj": 2, "down_proj": 2}
@@ -202,14 +227,24 @@ def test_ranks_by_module_are_pefts_and_are_exported_as_one_rank(scaling, tmp_pat
                 module.lora_A["default"].weight.copy_(torch.from_numpy(parts["a"][layer].T))
                 module.lora_B["default"].weight.copy_(torch.from_numpy(parts["b"][layer].T))
     expected = pair.theirs(theirs)
-    assert np.abs(pair.logits(tree.scale(adapter, lora.scales)) - expected).max() < CLOSE
+    close(
+        "ranks by module: logits against PEFT, applied and exported as one rank",
+        pair.logits(tree.scale(adapter, lora.scales)),
+        expected,
+        CLOSE,
+    )
 
     save_peft(tmp_path / "a", *variants.ordinary(adapter, lora), str(tmp_path / "base"))
     fresh = make_pair(tmp_path / "base", "Mistral").model
     again = peft.PeftModel.from_pretrained(fresh, tmp_path / "a").eval()
     assert again.peft_config["default"].rank_pattern == {}
     assert again.peft_config["default"].r == 7
-    assert np.abs(pair.theirs(again) - expected).max() < CLOSE
+    close(
+        "ranks by module: logits against PEFT, applied and exported as one rank",
+        pair.theirs(again),
+        expected,
+        CLOSE,
+    )
 
 
 def test_a_plain_adapter_is_ordinary_as_it_is(tmp_path, make_pair):
