@@ -1,7 +1,9 @@
 """What every test stands on: eight simulated CPU devices, no network, caches of its own, shapes that are checked."""
 
 import atexit
+import contextlib
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -83,3 +85,19 @@ def smollm2(real, request) -> Path:
             pytest.skip(f"SmolLM2 could not be built: {built.stderr.strip().splitlines()[-1]}")
         (folder / "complete").touch()
     return folder
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which no file grows beyond so many bytes: writing more fails as it does on a full disk."""
+
+    @contextlib.contextmanager
+    def limit(size: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit

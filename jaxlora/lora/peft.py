@@ -261,11 +261,15 @@ def _replace(folder: Path, config: bytes, weights: bytes) -> None:
     aside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
     aside.mkdir(parents=True)
-    for name, content in ((CONFIG_FILE, config), (WEIGHTS_FILE, weights)):
-        with open(aside / name, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+    try:
+        for name, content in ((CONFIG_FILE, config), (WEIGHTS_FILE, weights)):
+            with open(aside / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
+        raise
     if not folder.exists():
         os.rename(aside, folder)
         return

@@ -1,7 +1,7 @@
 """The tensors of a Hugging Face folder: which files hold them, whether they are the expected ones, and their slices."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from jaxlora.core.errors import InputError
 
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
-_DTYPES = ("F64", "F32", "F16", "BF16")
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LISTED = 10
 
 Part = tuple[tuple[int, int], ...]
@@ -31,7 +31,7 @@ class Tensors:
             try:
                 # pread: a memory map would add every page that was ever read to this process's resident memory.
                 handle = self._files.enter_context(safe_open(file, framework="numpy", backend="pread"))
-                self._handles |= dict.fromkeys(handle.keys(), handle)
+                self._handles |= dict.fromkeys(handle.offset_keys(), handle)
             except (SafetensorError, OSError) as error:
                 self._files.close()
                 raise InputError(
@@ -87,9 +87,19 @@ class Tensors:
                 "The weights and config.json must belong together and be complete: download or save the model again."
             )
 
-    def read(self, name: str, part: Part) -> np.ndarray:
-        """A part of a stored tensor."""
+    def dtypes(self, names: Collection[str]) -> dict[str, np.dtype]:
+        """The dtype of each of these tensors, in the order in which the files hold them (after `check`)."""
+        return {
+            name: np.dtype(_DTYPES[handle.get_slice(name).get_dtype()])
+            for name, handle in self._handles.items()
+            if name in names
+        }
+
+    def read(self, name: str, part: Part | None = None) -> np.ndarray:
+        """A stored tensor, or a part of it."""
         view = self._handles[name].get_slice(name)
+        if part is None:
+            return self._handles[name].get_tensor(name)
         if all(bounds == (0, size) for bounds, size in zip(part, view.get_shape(), strict=True)):
             return self._handles[name].get_tensor(name)
         return view[tuple(slice(*bounds) for bounds in part)]

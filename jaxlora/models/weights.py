@@ -17,7 +17,7 @@ from jaxlora.core.tree import unflatten
 from jaxlora.models.spec import DecoderSpec
 from jaxlora.models.tensors import Part, Tensors, read_json, weight_files
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
     "merges.txt",
@@ -256,7 +256,7 @@ def _download(name: str, revision: str, weights: bool) -> Path:
     patterns = [
         "config.json",
         "generation_config.json",
-        *_TOKENIZER_FILES,
+        *TOKENIZER_FILES,
         *(_WEIGHT_FILES if weights else ()),
     ]
     at = f" at revision {revision!r}" if revision else ""

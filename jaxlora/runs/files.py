@@ -4,9 +4,10 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -99,9 +100,58 @@ def append(file: Path, lines: bytes) -> None:
             raise
 
 
-def lock_folder(folder: Path) -> int | None:
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yields a folder to fill, which becomes `folder` at once when the block ends, and goes away when it fails.
+
+    What a killed process left aside is removed by the next one that makes the same folder.
+
+    Args:
+        folder: not there, or empty.
+    Raises:
+        InputError: another process is making it.
+    """
+    aside = folder.with_name(f".{folder.name}{ASIDE}")
+    made = [parent for parent in folder.parents if not parent.exists()]
+    aside.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(aside, "--out")
+    try:
+        for leftover in aside.iterdir():
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            elif leftover.name != LOCK:
+                leftover.unlink()
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        (aside / LOCK).unlink()
+        os.rename(aside, folder)
+        _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):  # somebody else put something there
+            for parent in made:
+                parent.rmdir()
+        raise
+    finally:
+        release(lock)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock_folder(folder: Path, option: str = "--workdir") -> int | None:
     """Locks the folder for this process; the system frees the lock when the process ends, however it ends.
 
+    Args:
+        folder: there already.
+        option: with which the person can name another one.
     Returns:
         What `release` takes; None where the file system knows no locks.
     Raises:
@@ -114,7 +164,7 @@ def lock_folder(folder: Path) -> int | None:
         holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
         os.close(descriptor)
         raise InputError(
-            f"{folder} is in use by {holder}: wait for it to end, or give another --workdir"
+            f"{folder} is in use by {holder}: wait for it to end, or give another {option}"
         ) from None
     except OSError:
         os.close(descriptor)

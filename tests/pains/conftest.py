@@ -16,12 +16,11 @@ from jaxlora.data.batches import Examples
 from jaxlora.runs import writers
 from jaxlora.training.step import make_train_step
 from tests.data.conftest import _byte_level, _talk, _trained_texts, chatml, mistral_like, write
-from tests.runs.conftest import full_disk
 from tests.train.conftest import Project, conversations, project, talk, write_rows
 from tests.training.conftest import make_tiny
 
 __all__ = [
-    "_byte_level", "_talk", "_trained_texts", "chatml", "full_disk", "make_tiny", "mistral_like",
+    "_byte_level", "_talk", "_trained_texts", "chatml", "make_tiny", "mistral_like",
     "project", "write",
 ]  # fmt: skip
 

@@ -39,12 +39,15 @@ class Chosen:
     step: int | None = None
 
 
-def add_arguments(parser: CommandParser) -> None:
-    """Gives a command --run, --step, --adapter, --model and --dtype."""
+def add_arguments(parser: CommandParser, dtype: bool = True) -> None:
+    """Gives a command --run, --step, --adapter, --model and, where it computes with the base, --dtype."""
     parser.add_argument("--run", type=Path, help="a run's folder: its base, with its adapter")
     parser.add_argument("--step", help="with --run: best, last, or the number of a kept step (best)")
     parser.add_argument("--adapter", type=Path, help="a PEFT adapter folder; its base is the one it names")
     parser.add_argument("--model", help="a base: Hugging Face id or local folder, bare or for --adapter")
+    if not dtype:
+        parser.set_defaults(dtype=None)
+        return
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="of the base (a run's own, or bfloat16)"
     )
@@ -83,7 +86,7 @@ def choose(arguments: Namespace) -> Chosen:
 def _of_run(path: Path, step: str, dtype: str | None) -> Chosen:
     run = RunDirectory.read(path)
     config, record = Config.from_dict(run.config), run.record
-    of_base = (config.model.path, config.model.revision, dtype or config.model.dtype)
+    of_base = (config.model.path, _trained_revision(run, config), dtype or config.model.dtype)
     if step not in ("best", "last"):
         if not step.isdecimal():
             raise InputError(f"--step {step}: it is best, last, or the number of a kept step.")
@@ -106,6 +109,16 @@ def _of_run(path: Path, step: str, dtype: str | None) -> Chosen:
     known += [f"eval nll {at['eval/nll']:.4f}"] if at.get("eval/nll") is not None else []
     told = ", ".join([f"{config.model.path} with {folder}", *known])
     return Chosen(*of_base, told, run, config, folder, at.get("step"))
+
+
+def _trained_revision(run: RunDirectory, config: Config) -> str:
+    """The commit of the base that the run trained on, which its adapters name: a branch may have moved since."""
+    from jaxlora.models.tensors import read_json
+
+    for adapter in (run.best, run.last):
+        if (adapter / "adapter_config.json").is_file():
+            return read_json(adapter / "adapter_config.json").get("revision") or config.model.revision
+    return config.model.revision
 
 
 def load(chosen: Chosen, model: "Model") -> "tuple[dict[str, Any], LoraSpec] | None":
