@@ -97,6 +97,7 @@ def logits(model: Any) -> np.ndarray:
 # ---- what is written ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_any_kept_step_is_exported_as_the_adapter_that_it_was(name, run, ask, tmp_path):
     workdir = run(name)
