@@ -73,6 +73,8 @@ def gigabytes(size: int) -> str:
 
 
 def _save(tensors: dict[str, np.ndarray], file: Path) -> None:
+    file.touch()
+    mode = file.stat().st_mode  # the writer's own files are for nobody but their owner
     try:
         save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as error:  # the writer is not Python's, and puts the system's error into words
@@ -80,3 +82,4 @@ def _save(tensors: dict[str, np.ndarray], file: Path) -> None:
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(file)) from error
+    file.chmod(mode)
