@@ -157,6 +157,7 @@ def wait_for_step(command: Command, workdir: Path, step: int) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_killed_five_times_and_stopping_early(command, undisturbed, project, tmp_path):
     """Before the first checkpoint, in an evaluation, twice while the folder is written, and from outside."""
     expected = undisturbed(PATIENCE)
@@ -187,6 +188,7 @@ def test_killed_five_times_and_stopping_early(command, undisturbed, project, tmp
     assert_same(workdir, expected)
 
 
+@pytest.mark.slow
 def test_every_variant_goes_on_as_it_was(command, undisturbed, project, tmp_path):
     """DoRA's magnitudes, PiSSA's anchor, ranks, dropouts and rates by module: all of it is in the checkpoint."""
     expected = undisturbed(SHAPE | VARIANTS)

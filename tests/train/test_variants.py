@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 VARIANTS = {
     "lora__use_dora": True,
     "lora__init": "pissa",

@@ -96,10 +96,16 @@ def equal(found):
     return found.loss < LOSS and max(found.leaf, found.whole) < ADAPTER
 
 
-@pytest.mark.parametrize(
-    ("family", "case"),
-    [*((family, case) for family in FAMILIES for case in CASES), *(("qwen2", case) for case in VARIANTS)],
-)
+def trainings():
+    """Every case of every family; by default those that hold the most, the others with the slow tests."""
+    for family in FAMILIES:
+        for case in CASES:
+            quick = case in ("plain", "everything")
+            yield pytest.param(family, case, marks=() if quick else pytest.mark.slow)
+    yield from (("qwen2", case) for case in VARIANTS)
+
+
+@pytest.mark.parametrize(("family", "case"), trainings())
 def test_twenty_steps_are_those_of_torch(family, case, by_torch, table):
     config, batches, theirs = by_torch(family, case)
     found = table[f"{family}, {case}"] = compare(train_by_jaxlora(config, batches), theirs)
