@@ -105,7 +105,7 @@ def trainings():
     yield from (("qwen2", case) for case in VARIANTS)
 
 
-@pytest.mark.parametrize(("family", "case"), trainings())
+@pytest.mark.parametrize(("family", "case"), [*trainings()])
 def test_twenty_steps_are_those_of_torch(family, case, by_torch, table):
     config, batches, theirs = by_torch(family, case)
     found = table[f"{family}, {case}"] = compare(train_by_jaxlora(config, batches), theirs)
