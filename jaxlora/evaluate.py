@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # what is slow to import is imported where it is used, so tha
     from jaxlora.config.build.evaluation import Scored
     from jaxlora.config.build.inputs import HeldOut, Model
 
-EXIT_INTERRUPTED = 130
 DEFAULT_MAX_LENGTH = 1024
 OPTIONS = {
     "data.train and data.eval take": "--data takes",
@@ -41,9 +40,6 @@ def main(argv: Sequence[str]) -> int:
         return _evaluate(arguments)
     except InputError as error:
         raise InputError(_in_options(str(error), arguments)) from error
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever read the result (a pager, `head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return cli.EXIT_OK

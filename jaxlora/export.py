@@ -18,7 +18,6 @@ if TYPE_CHECKING:  # what is slow to import is imported where it is used, so tha
     from jaxlora.runs.card import Export
     from jaxlora.runs.progress import Progress
 
-EXIT_INTERRUPTED = 130
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -28,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
         return _export(arguments)
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return cli.EXIT_INTERRUPTED
 
 
 def _parse(argv: Sequence[str]) -> Namespace:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # what is slow to import is imported where it is used, so tha
     from jaxlora.models.sampling import Sampling
     from jaxlora.runs.progress import Progress
 
-EXIT_INTERRUPTED = 130
 DEFAULT_MAX_NEW_TOKENS = 512
 COMMANDS = "/reset begins a new conversation, /quit (or Ctrl-D) leaves, Ctrl-C ends an answer"
 
@@ -31,9 +30,6 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
     try:
         return _generate(arguments)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever read the answers (a pager, `head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return cli.EXIT_OK

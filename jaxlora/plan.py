@@ -1,6 +1,7 @@
 """See what a config would do before it does it: python -m jaxlora.plan --config configs/quickstart.py --only data"""
 
 import difflib
+import errno
 import shutil
 import sys
 from argparse import Namespace
@@ -22,7 +23,6 @@ if TYPE_CHECKING:  # what is slow to import is imported where it is used, so tha
     from jaxlora.data.visible import Token
     from jaxlora.runs.progress import Progress
 
-EXIT_INTERRUPTED = 130
 PARTS = ("data",)
 DEFAULT_ROWS = 3
 INDENT = "  "
@@ -54,11 +54,7 @@ def main(argv: Sequence[str]) -> int:
     # What a row holds may be more than this terminal can write.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    try:
-        return _plan_data(config, arguments.rows, arguments.rows_file)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return _plan_data(config, arguments.rows, arguments.rows_file)
 
 
 def _check(arguments: Namespace) -> None:
@@ -120,7 +116,7 @@ def _rows_file(file: Path | None, config: Config) -> Iterator[BinaryIO | None]:
     """What rows are written to: it takes the file's place at the end, and shows now whether it can.
 
     Raises:
-        InputError: a place that cannot be written, or that must not be.
+        InputError: a place that cannot be written, or that must not be, or a disk that fills up.
     """
     from jaxlora.runs.files import replacing
 
@@ -129,21 +125,29 @@ def _rows_file(file: Path | None, config: Config) -> Iterator[BinaryIO | None]:
         return
     sources = (config.data.train, config.data.eval)
     names = [name for source in sources for name in ((source,) if isinstance(source, str) else source)]
-    with ExitStack() as stack:
-        try:
-            if any(Path(name).expanduser().resolve() == file.resolve() for name in names if name):
-                raise InputError(f"--rows-file {file} is the data itself; name another file.")
-            if file.exists() and not file.is_file():
-                raise InputError(f"--rows-file {file} is not a file; name one, such as rows.jsonl.")
-            if not file.parent.is_dir():
-                raise InputError(f"--rows-file {file}: there is no folder {file.parent}; make it first.")
-            stream = stack.enter_context(replacing(file))
-        except OSError as error:
-            reason = error.strerror or error
-            raise InputError(
-                f"--rows-file {file} cannot be written ({reason}); name another file."
-            ) from error
-        yield stream
+    try:
+        with ExitStack() as stack:
+            try:
+                if any(Path(name).expanduser().resolve() == file.resolve() for name in names if name):
+                    raise InputError(f"--rows-file {file} is the data itself; name another file.")
+                if file.exists() and not file.is_file():
+                    raise InputError(f"--rows-file {file} is not a file; name one, such as rows.jsonl.")
+                if not file.parent.is_dir():
+                    raise InputError(f"--rows-file {file}: there is no folder {file.parent}; make it first.")
+                stream = stack.enter_context(replacing(file))
+            except OSError as error:
+                reason = error.strerror or error
+                raise InputError(
+                    f"--rows-file {file} cannot be written ({reason}); name another file."
+                ) from error
+            yield stream
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise InputError(
+            f"--rows-file {file} could not be written ({error.strerror}); what was there before stays. Make room, or "
+            "name a file on another disk."
+        ) from error
 
 
 # ---- what a person reads ------------------------------------------------------------------------------------------

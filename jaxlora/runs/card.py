@@ -17,7 +17,8 @@ _ALWAYS = (
     "lora.rank", "lora.alpha", "lora.targets", "optim.learning_rate", "train.batch_size", "train.epochs", "seed",
 )  # fmt: skip
 _ELSEWHERE = ("model.path", "model.revision", "data.train", "data.eval")
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
+# What vLLM's --max-lora-rank may be (vllm/config/lora.py, MaxLoRARanks). It refuses DoRA (vllm/lora/peft_helper.py).
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclasses.dataclass(frozen=True)

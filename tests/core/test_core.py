@@ -46,6 +46,16 @@ def test_wrong_input_is_one_line_and_exit_code_2(capsys):
     assert capsys.readouterr().err == "error: optim.learning_rate = -1; it must be above 0.\n"
 
 
+def test_an_interrupted_command_leaves_without_a_traceback(capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(main)
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err == "\n"
+
+
 def test_a_defect_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         cli.run(lambda argv: 1 // 0)

@@ -45,6 +45,18 @@ def test_without_a_number_the_file_gets_all_rows_and_the_terminal_a_few(call, tm
     assert "40 of 40 rows are in" in out
 
 
+def test_a_disk_that_fills_up_leaves_the_old_file(call, full_disk, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    call("--rows", 1)  # what datasets keeps of the data is on the disk by now
+    file.write_text("old")
+    with full_disk(4000):
+        code, _, said = call("--rows-file", file)
+    assert code == 2
+    assert f"--rows-file {file} could not be written (File too large); what was there before stays" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert file.read_text() == "old"
+
+
 def test_more_rows_than_there_are(call):
     code, out, _ = call("--rows", 100)
     assert code == 0

@@ -64,7 +64,7 @@ def test_vllm_is_given_a_rank_that_it_takes():
     def command(**spec):
         return vllm_command(Export(False, "o/n", "", LoraSpec(**spec)), "out")
 
-    ranks = {4: 8, 8: 8, 9: 16, 48: 64, 300: 320, 512: 512}
+    ranks = {1: 1, 4: 8, 8: 8, 9: 16, 48: 64, 300: 320, 512: 512}
     for rank, taken in ranks.items():
         assert f"--max-lora-rank {taken} " in (command(rank=rank) or "")
     assert command(rank=513) is None
