@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlora.config.build.chosen import Chosen, add_arguments, choose, load
 from jaxlora.config.load import CommandParser
-from jaxlora.config.schema import METRICS, Config, MeshConfig
+from jaxlora.config.schema import Config, MeshConfig
 from jaxlora.core import cli
 from jaxlora.core.errors import InputError
+from jaxlora.training.metrics import METRICS
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help answers at once
     from jaxlora.config.build.evaluation import Scored
@@ -79,7 +80,11 @@ def _parse(argv: Sequence[str]) -> Namespace:
         "--train-on", choices=("assistant", "all"), help="the tokens that count (the run's, or assistant)"
     )
     parser.add_argument(
-        "--metrics", nargs="+", action=_Names, default=METRICS, help=f"some of {', '.join(METRICS)} (all)"
+        "--metrics",
+        nargs="+",
+        action=_Names,
+        default=tuple(METRICS),
+        help=f"some of {', '.join(METRICS)} (all)",
     )
     parser.add_argument(
         "--generate", type=int, metavar="N", help="prompts to answer, greedily (the run's on its data, or 0)"

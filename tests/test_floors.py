@@ -10,13 +10,14 @@ COMMANDS = {"train", "sweep", "evaluate", "generate", "export", "plan", "journal
 
 FLOORS = (
     {"jaxlora.core"},
+    {"jaxlora.training.metrics"},  # the names that a config may ask for
     {
         "jaxlora.config.keys",
+        "jaxlora.config.contradictions",
         "jaxlora.config.schema",
         "jaxlora.models",
         "jaxlora.data",
         "jaxlora.training.losses",
-        "jaxlora.training.metrics",
         "jaxlora.experiments",
     },
     {"jaxlora.config.load", "jaxlora.lora", "jaxlora.parallel", "jaxlora.training.optimizer"},
@@ -39,13 +40,17 @@ ONLY_IN = {
 }
 
 # module or room -> what it must not reach, not even through other modules of jaxlora
+TRAINING = tuple(
+    f"jaxlora.training.{name}"
+    for name in "answers evaluate events guard loop losses optimizer recording state step stopping".split()
+)
 NEVER_REACHES = {
     "jaxlora.data": ("jax", "jaxlib", "flax", "optax"),
     "jaxlora.experiments": ("jax", "jaxlib", "flax", "optax"),
     "jaxlora.models": ("jaxlora.lora", "optax"),
     "jaxlora.lora.tree": ("flax",),
-    "jaxlora.config.schema": ("jaxlora.models", "jaxlora.data", "jaxlora.training", "ml_collections"),
-    "jaxlora.config.load": ("jaxlora.models", "jaxlora.data", "jaxlora.training"),
+    "jaxlora.config.schema": ("jaxlora.models", "jaxlora.data", *TRAINING, "ml_collections"),
+    "jaxlora.config.load": ("jaxlora.models", "jaxlora.data", *TRAINING),
 }
 
 # Too slow to load before --help has been answered; commands import these inside functions.

@@ -12,12 +12,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlora.config import keys
+from jaxlora.config import contradictions, keys
 from jaxlora.config.keys import Allowed, Key, Section, section_keys, setting
 from jaxlora.core.errors import InputError
-
-METRICS = ("nll", "perplexity", "token_accuracy")
-"""What `eval.metrics` may name."""
+from jaxlora.training.metrics import ANSWER_METRICS, METRICS
 
 _SOURCES = Allowed("a hub id or a path, or a tuple of them", keys.filled)
 _OPTIONAL_SOURCES = Allowed(
@@ -28,6 +26,18 @@ _OPTIONAL_SOURCES = Allowed(
 
 def _known_init(value: str) -> bool:
     return re.fullmatch(r"kaiming|pissa(_niter_\d+)?", value) is not None
+
+
+def _compiles(value: str) -> bool:
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
+
+
+def _known_metrics(value: tuple[str, ...]) -> bool:
+    return "nll" in value and set(value) <= {*METRICS, *ANSWER_METRICS} and len(set(value)) == len(value)
 
 
 def _assignments(value: tuple[str, ...]) -> bool:
@@ -131,16 +141,34 @@ class TrainConfig(Section):
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(Section):
     every: int = setting(500, "steps between evaluations", keys.at_least(1))
+    every_epochs: float = setting(
+        0.0, "epochs between evaluations, fractions too; 0 counts steps by eval.every", keys.NOT_NEGATIVE
+    )
+    adaptive: bool = setting(
+        False, "evaluate more often where eval/nll is flat: near its minimum", keys.SWITCH
+    )
+    finest: int = setting(
+        0, "with eval.adaptive: fewest steps between evaluations; 0 is an eighth", keys.at_least(0)
+    )
     batch_size: int = setting(8, "rows computed at once", keys.at_least(1))
     max_examples: int = setting(0, "examples to evaluate; 0 is all", keys.at_least(0))
+    train_examples: int = setting(
+        64, "examples of data.train that are evaluated too, for train_eval/nll", keys.at_least(0)
+    )
     generate: int = setting(0, "held-out examples to answer", keys.at_least(0))
+    generate_every: int = setting(1, "evaluations between those that answer", keys.at_least(1))
     max_new_tokens: int = setting(64, "longest answer, in tokens", keys.at_least(1))
+    answer_pattern: str = setting(
+        r"####\s*(\S+)",
+        "regular expression of the answer within a text, its first group; '' is none",
+        Allowed("a regular expression that Python's re compiles", _compiles),
+    )
     metrics: tuple[str, ...] = setting(
-        METRICS,
-        "what is computed and logged as eval/NAME",
+        (*METRICS, *ANSWER_METRICS),
+        "what is computed and logged as eval/NAME; what scores answers, where some are generated",
         Allowed(
-            f"a tuple of names among {', '.join(METRICS)}, with 'nll' (best and stop read it)",
-            lambda value: "nll" in value and set(value) <= set(METRICS) and len(set(value)) == len(value),
+            f"a tuple of names among {', '.join((*METRICS, *ANSWER_METRICS))}, with 'nll' (best and stop read it)",
+            _known_metrics,
         ),
     )
 
@@ -149,6 +177,13 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     every: int = setting(500, "steps between checkpoints", keys.at_least(1))
     keep: int = setting(2, "newest checkpoints that are kept, besides the best", keys.at_least(1))
+    best: int = setting(1, "best checkpoints that are kept; the best adapter is in best/", keys.at_least(1))
+    best_by: str = setting(
+        "nll", "what the best is best by: NAME for eval/NAME, or a whole name of metrics.jsonl", keys.FILLED
+    )
+    best_mode: str = setting(
+        "auto", "whether less or more is better; auto knows it", keys.one_of("auto", "min", "max")
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,8 +193,16 @@ class StopConfig(Section):
         "evaluations without improvement before the run stops; None is never",
         keys.optional(keys.at_least(1)),
     )
+    by: str = setting(
+        "nll", "what has to improve: NAME for eval/NAME, or a whole name of metrics.jsonl", keys.FILLED
+    )
     min_delta: float = setting(
-        0.0, "fall of eval/nll, in nats, that counts as improvement", keys.NOT_NEGATIVE
+        0.0, "change that counts as improvement, in stop.min_delta_unit", keys.NOT_NEGATIVE
+    )
+    min_delta_unit: str = setting(
+        "absolute",
+        "of stop.min_delta: the metric's own, or standard errors of the paired difference of nll",
+        keys.one_of("absolute", "standard_errors"),
     )
     min_steps: int | None = setting(
         None, "no early stop before this step; None is the end of warmup", keys.optional(keys.at_least(0))
@@ -168,12 +211,34 @@ class StopConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig(Section):
+    on_spike: str = setting(
+        "log",
+        "what a spike of loss or gradient norm does: its rows are logged in any case",
+        keys.one_of("log", "skip", "rollback", "stop"),
+    )
     on_nonfinite: str = setting(
         "stop",
-        "a non-finite loss or gradient ends the run, or its step is skipped",
-        keys.one_of("stop", "skip"),
+        "a non-finite loss or gradient (never applied) ends the run, is skipped, or rolls it back",
+        keys.one_of("stop", "skip", "rollback"),
+    )
+    on_divergence: str = setting(
+        "stop", "what a loss that stays above where it began does", keys.one_of("log", "stop")
+    )
+    threshold: float = setting(
+        6.0, "robust deviations above the recent median from which a step is a spike", keys.POSITIVE
+    )
+    window: int = setting(
+        32,
+        "steps whose losses and gradient norms are recent",
+        Allowed("an integer from 4 to 1024", lambda n: 4 <= n <= 1024),
     )
     max_skipped: int = setting(20, "skipped steps after which the run ends all the same", keys.at_least(0))
+    max_rollbacks: int = setting(3, "rollbacks after which the next ends the run", keys.at_least(0))
+    rollback_factor: float = setting(
+        0.5,
+        "by which a rollback multiplies the learning rate",
+        Allowed("a number above 0, at most 1", lambda value: 0 < value <= 1),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +251,9 @@ class MeshConfig(Section):
     data: int = setting(-1, "devices that split the rows", keys.AXIS)
     fsdp: int = setting(1, "devices that split the rows and the parameters", keys.AXIS)
     tensor: int = setting(1, "devices that split each matrix product", keys.AXIS)
+    memory_gb: float = setting(
+        0.0, "memory of a device that a run may take, in GB (1e9 bytes); 0 asks the device", keys.NOT_NEGATIVE
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,33 +290,7 @@ class Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", KEYS["seed"].check(self.seed))
-        train, optim = self.train, self.optim
-        if train.batch_size % train.micro_batch_size:
-            divisors = [n for n in range(1, train.batch_size + 1) if train.batch_size % n == 0]
-            near = sorted(sorted(divisors, key=lambda n: abs(n - train.micro_batch_size))[:2])
-            raise InputError(
-                f"train.batch_size = {train.batch_size} is not divisible by train.micro_batch_size = "
-                f"{train.micro_batch_size}.\nA step is made of whole micro-batches: set train.micro_batch_size to "
-                f"{' or '.join(map(str, near))}."
-            )
-        if train.max_steps and optim.warmup_steps >= train.max_steps:
-            raise InputError(
-                f"optim.warmup_steps = {optim.warmup_steps}, but the run ends after train.max_steps = "
-                f"{train.max_steps}: it would never reach its learning rate.\n"
-                f"Set optim.warmup_steps below {train.max_steps}, for example "
-                f"--config.optim.warmup_steps={train.max_steps // 10}."
-            )
-        if train.max_steps and self.stop.min_steps is not None and self.stop.min_steps >= train.max_steps:
-            raise InputError(
-                f"stop.min_steps = {self.stop.min_steps}, but the run ends after train.max_steps = {train.max_steps}: "
-                f"it could never stop early.\nSet stop.min_steps below {train.max_steps}, or stop.patience to None."
-            )
-        rest = [name for name in ("data", "fsdp", "tensor") if getattr(self.mesh, name) == -1]
-        if len(rest) > 1:
-            raise InputError(
-                f"{' and '.join(f'mesh.{name}' for name in rest)} are -1: only one axis can take all the rest.\n"
-                f"Give the others a size, for example --config.mesh.{rest[-1]}=1."
-            )
+        contradictions.check(self)
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> "Config":

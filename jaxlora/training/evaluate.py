@@ -10,6 +10,19 @@ from jaxlora.data.batches import EvalBatches
 from jaxlora.training.metrics import METRICS, Totals
 
 
+class Found(NamedTuple):
+    """All that one evaluation of a run finds.
+
+    Attributes:
+        metrics: by the name they are logged under: "eval/nll", "eval_by_turn/later/nll", "train_eval/nll".
+        files: columns for the files of eval/, by the first part of their name: "eval" (per example: "example", "nll",
+            "tokens"), likewise "train_eval", and "answers".
+    """
+
+    metrics: dict[str, float]
+    files: dict[str, dict[str, list[Any]]]
+
+
 class Evaluation(NamedTuple):
     """An evaluation's outcome.
 
@@ -32,7 +45,7 @@ class Evaluator:
         step: compiled `evaluate(lora, base, batch) -> TokenLosses`.
         data: the batches.
         put: places a host batch on the devices.
-        metrics: names of `METRICS`.
+        metrics: names; those of `METRICS` are computed.
     """
 
     def __init__(
@@ -42,7 +55,12 @@ class Evaluator:
         put: Callable[[Mapping[str, np.ndarray]], Any],
         metrics: Sequence[str],
     ):
-        self._step, self._data, self._put, self._metrics = step, data, put, tuple(metrics)
+        self._step, self._data, self._put, self._metrics = (
+            step,
+            data,
+            put,
+            [n for n in metrics if n in METRICS],
+        )
 
     def __call__(
         self, lora: Any, base: Any, progress: Callable[[int, int], None] | None = None

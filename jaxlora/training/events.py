@@ -41,26 +41,54 @@ class Stop:
     reason: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Rollback:
+    """The run goes back to an earlier state, and on from there; `step` is where it was found necessary."""
+
+    step: int
+    reason: str
+
+
 @dataclasses.dataclass
 class Standing:
     """What a run knows about itself beyond its arrays; saved with every checkpoint as JSON.
 
     Attributes:
-        best: {"step", "eval/nll"} of the lowest eval/nll so far.
+        best: {"step", "eval/nll", and what best is best by} of the best evaluation so far.
+        bests: likewise of the best few, the best first.
         first, last: likewise of the first and the latest evaluation.
-        reference: the eval/nll that the next improvement is counted from.
+        lowest: likewise of the one with the lowest eval/nll.
+        evaluations: how many there were.
+        next_evaluation: the step from which the next one is due, where that depends on the ones before.
+        reference: the value of stop.by that the next improvement is counted from, infinite before the first.
+        reference_step: the step of that evaluation.
         waited: evaluations since that improvement.
-        skipped: updates that were not applied because loss or gradient was not finite.
+        overfit: the alarm in force: {"since": step of the minimum, "found": step, ...}; None for none.
+        skipped: updates that were not applied, because loss or gradient was not finite or a spike.
+        spikes: steps that were spikes.
+        rollbacks: how often the run went back: {"step", "to", "learning_rate"} of each.
+        excluded: steps whose rows are not trained on any more.
+        good: the newest step that was saved by the calendar, to roll back to; 0 is the start.
         tokens: tokens trained on (with loss) so far.
         seconds: time spent, over all starts of the run.
     """
 
     best: dict[str, float] | None = None
+    bests: list[dict[str, float]] = dataclasses.field(default_factory=list)
     first: dict[str, float] | None = None
     last: dict[str, float] | None = None
+    lowest: dict[str, float] | None = None
+    evaluations: int = 0
+    next_evaluation: int = 0
     reference: float = math.inf
+    reference_step: int | None = None
     waited: int = 0
+    overfit: dict[str, Any] | None = None
     skipped: int = 0
+    spikes: int = 0
+    rollbacks: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    excluded: list[int] = dataclasses.field(default_factory=list)
+    good: int = 0
     tokens: int = 0
     seconds: float = 0.0
 
@@ -75,43 +103,6 @@ class Standing:
         if fields["reference"] is None:
             fields["reference"] = math.inf
         return cls(**fields)
-
-
-@dataclasses.dataclass
-class Guard:
-    """Counts updates that were refused for a non-finite loss or gradient, names their rows, ends the run if told to.
-
-    Attributes:
-        policy: "stop" ends the run as diverged at the first; "skip" goes on, up to `max_skipped` of them.
-        rows: says which examples were in a step's batch.
-        write: takes (step, metrics); say: takes a line for the person.
-    """
-
-    standing: Standing
-    policy: str
-    max_skipped: int
-    rows: Callable[[int], str]
-    write: Callable[[int, Mapping[str, Any]], None]
-    say: Callable[[str], None]
-
-    def __call__(self, info: StepInfo) -> Stop | None:
-        if info.sums["applied"]:
-            return None
-        self.standing.skipped += 1
-        where = self.rows(info.step)
-        self.write(info.step, {"train/nonfinite": 1, "train/rows": where})
-        what = "loss" if not math.isfinite(info.sums["objective"]) else "gradient"
-        self.say(f"step {info.step}: the {what} is not finite; the update was not applied. Its rows: {where}")
-        if self.policy == "stop":
-            return Stop(
-                "diverged", f"the {what} of step {info.step} is not finite (guard.on_nonfinite = stop)"
-            )
-        if self.standing.skipped > self.max_skipped:
-            return Stop(
-                "diverged",
-                f"{self.standing.skipped} updates were not finite (guard.max_skipped = {self.max_skipped})",
-            )
-        return None
 
 
 @dataclasses.dataclass
@@ -147,83 +138,6 @@ class Log:
                 "train/tokens": int(sums["weight"]),
                 "train/tokens_per_second": round(speed, 1),
             },
-        )
-
-
-@dataclasses.dataclass
-class Evaluate:
-    """Evaluates every `every` steps and at both ends, and keeps the adapter at the very evaluation that is the best.
-
-    Attributes:
-        run: state -> (metrics by name, per-example columns, answers or None).
-        keep_best: writes a state's adapter to best/.
-        write: takes (step, metrics); write_examples: takes (step, columns, name); say: takes a line.
-    """
-
-    standing: Standing
-    every: int
-    run: Callable[[TrainState], tuple[dict[str, float], dict[str, list[Any]], dict[str, list[Any]] | None]]
-    keep_best: Callable[[TrainState], None]
-    write: Callable[[int, Mapping[str, Any]], None]
-    write_examples: Callable[[int, Mapping[str, list[Any]], str], Any]
-    say: Callable[[str], None]
-
-    def due(self, info: StepInfo) -> bool:
-        return info.step % self.every == 0 or info.step == info.total_steps
-
-    def __call__(self, info: StepInfo) -> None:
-        if not self.due(info) or info.state is None:
-            return
-        metrics, per_example, answers = self.run(info.state)
-        self.write_examples(info.step, per_example, "eval")
-        if answers is not None:
-            self.write_examples(info.step, answers, "answers")
-        self.write(info.step, {f"eval/{name}": value for name, value in metrics.items()})
-        standing, nll = self.standing, metrics["nll"]
-        now = {"step": info.step, "eval/nll": nll}
-        standing.first, standing.last = standing.first or now, now
-        best = standing.best
-        better = math.isfinite(nll) and (best is None or nll < best["eval/nll"])
-        if better:
-            best = standing.best = now
-            self.keep_best(info.state)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        compared = "not finite"
-        if best is not None:
-            compared = "the best so far" if better else f"best {best['eval/nll']:.4g} at step {best['step']}"
-        self.say(f"eval at step {info.step}: {shown}  ({compared})")
-
-
-@dataclasses.dataclass
-class EarlyStop:
-    """Stops when `patience` evaluations in a row brought no improvement.
-
-    The reference is the value at the last counted improvement, not the last best: small gains add up until they reach
-    `min_delta`. Nothing is counted before `min_steps`.
-    """
-
-    standing: Standing
-    patience: int | None
-    min_delta: float
-    min_steps: int
-    due: Callable[[StepInfo], bool]
-
-    def __call__(self, info: StepInfo) -> Stop | None:
-        if self.patience is None or not self.due(info) or self.standing.last is None:
-            return None
-        standing, nll = self.standing, self.standing.last["eval/nll"]
-        if nll < standing.reference - self.min_delta:  # a NaN is below nothing: it counts as no improvement
-            standing.reference, standing.waited = nll, 0
-            return None
-        if info.step < self.min_steps:
-            return None
-        standing.waited += 1
-        if standing.waited < self.patience or info.step >= info.total_steps:
-            return None
-        return Stop(
-            "stopped_early",
-            f"{standing.waited} evaluations without eval/nll falling by more than {self.min_delta:g} below "
-            f"{standing.reference:.4f} (stop.patience = {self.patience})",
         )
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 
-from jaxlora.training.events import EarlyStop, Evaluate, Guard, Log, Save, Standing, StepInfo, Stop
+from jaxlora.training.events import Log, Save, Standing, StepInfo, Stop
+from jaxlora.training.guard import Guard
 from jaxlora.training.state import TrainState
+from jaxlora.training.stopping import EarlyStop, Evaluate
 
 
 @dataclasses.dataclass(frozen=True)

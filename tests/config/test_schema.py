@@ -65,22 +65,40 @@ CASES = {
     "train.epochs": (1, [0.0, -1]),
     "train.max_steps": (200, [-1]),
     "eval.every": (1, [0]),
+    "eval.every_epochs": (0.25, [-0.1]),
+    "eval.adaptive": (True, [1]),
+    "eval.finest": (None, [-1, 0.5]),
     "eval.batch_size": (1, [0]),
     "eval.max_examples": (1, [-1]),
+    "eval.train_examples": (0, [-1]),
     "eval.generate": (1, [-1]),
+    "eval.generate_every": (3, [0]),
+    "eval.answer_pattern": ("= (.*)", ["(", "[a", None]),
     "eval.max_new_tokens": (1, [0]),
-    "eval.metrics": (("nll",), [(), ("perplexity",), ("nll", "bleu"), ("nll", "nll"), "nll"]),
+    "eval.metrics": (("nll",), [(), ("perplexity",), ("nll", "wer"), ("nll", "nll"), "nll"]),
     "checkpoint.every": (1, [0]),
     "checkpoint.keep": (1, [0]),
+    "checkpoint.best": (3, [0]),
+    "checkpoint.best_by": ("eval/perplexity", ["", 1]),
+    "checkpoint.best_mode": ("max", ["lowest"]),
     "stop.patience": (1, [0, -1, 1.5, False]),
+    "stop.by": ("perplexity", ["", None]),
     "stop.min_delta": (0.1, [-0.1]),
+    "stop.min_delta_unit": ("standard_errors", ["percent"]),
     "stop.min_steps": (0, [-1]),
-    "guard.on_nonfinite": ("skip", ["ignore"]),
+    "guard.on_spike": ("skip", ["ignore"]),
+    "guard.on_nonfinite": ("skip", ["ignore", "log"]),
+    "guard.on_divergence": ("log", ["skip"]),
+    "guard.threshold": (8, [0, -1.0]),
+    "guard.window": (64, [3, 2000]),
     "guard.max_skipped": (0, [-1]),
+    "guard.max_rollbacks": (0, [-1]),
+    "guard.rollback_factor": (1, [0, 1.5]),
     "log.every": (1, [0]),
     "mesh.data": (8, [0, -2]),
     "mesh.fsdp": (8, [0]),
     "mesh.tensor": (8, [0]),
+    "mesh.memory_gb": (16, [-1]),
     "journal.baseline": ("Nov22_10-57", [1]),
     "journal.hypothesis": ("A larger rank helps.", [None]),
     "seed": (2**31 - 1, [-1, 2**31, 0.0]),
@@ -204,6 +222,21 @@ def test_a_group_is_no_key():
             {"train.max_steps": 200, "stop.min_steps": 200},
             r"stop\.min_steps = 200.*train\.max_steps = 200.*\n.*below 200",
         ),
+        ({"eval.finest": 2}, r"eval\.finest = 2 goes with eval\.adaptive"),
+        ({"eval.adaptive": True, "eval.finest": 501}, r"eval\.finest = 501.*eval\.every = 500"),
+        ({"checkpoint.best_by": "exact_match"}, r"checkpoint\.best_by = 'exact_match'.*none are generated"),
+        ({"checkpoint.best_by": "nil"}, r"checkpoint\.best_by = 'nil' is not computed.*nll, perplexity"),
+        ({"stop.by": "perplexity", "eval.metrics": ("nll",)}, r"stop\.by = 'perplexity' is not computed"),
+        (
+            {"stop.by": "perplexity", "stop.min_delta_unit": "standard_errors"},
+            r"stop\.min_delta_unit = 'standard_errors'.*stop\.by = 'perplexity'",
+        ),
+        (
+            {"guard.on_spike": "stop", "guard.on_nonfinite": "skip"},
+            r"guard\.on_spike = 'stop' but guard\.on_nonfinite = 'skip'",
+        ),
+        ({"guard.on_spike": "rollback", "guard.max_rollbacks": 0}, r"guard\.max_rollbacks = 0 contradict"),
+        ({"guard.on_nonfinite": "skip", "guard.max_skipped": 0}, r"guard\.max_skipped = 0 contradict"),
         ({"mesh.fsdp": -1}, r"mesh\.data and mesh\.fsdp are -1.*\n.*--config\.mesh\.fsdp=1"),
     ],
 )
@@ -215,6 +248,10 @@ def test_keys_that_contradict_each_other_are_refused(changes, said):
 def test_keys_that_only_seem_to_contradict_are_taken():
     Config.from_dict(nested(**{"train.max_steps": 1, "optim.warmup_steps": 0}))
     Config.from_dict(nested(**{"mesh.data": 1, "mesh.fsdp": -1}))
+    Config.from_dict(nested(**{"eval.adaptive": True, "eval.finest": 500}))
+    Config.from_dict(nested(**{"eval.generate": 8, "checkpoint.best_by": "eval/exact_match"}))
+    Config.from_dict(nested(**{"stop.by": "eval_by_turn/later/nll"}))
+    Config.from_dict(nested(**{"guard.on_spike": "skip", "guard.on_nonfinite": "rollback"}))
     Config.from_dict(nested(**{"train.batch_size": 7, "train.micro_batch_size": 7}))
 
 

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 
 from jaxlora.data.batches import Batches
 from jaxlora.runs.checkpoints import Checkpoints
-from jaxlora.training.events import EarlyStop, Evaluate, Standing, StepInfo
+from jaxlora.training.events import Standing, StepInfo
+from jaxlora.training.stopping import EarlyStop, Evaluate
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -6,9 +6,12 @@ import math
 import jax.numpy as jnp
 import pytest
 
-from jaxlora.training.events import EarlyStop, Evaluate, Guard, Log, Save, Standing, StepInfo, Stop
+from jaxlora.training.evaluate import Found
+from jaxlora.training.events import Log, Save, Standing, StepInfo, Stop
+from jaxlora.training.guard import Guard
 from jaxlora.training.optimizer import OptimizerSettings
 from jaxlora.training.state import Settings, TrainState
+from jaxlora.training.stopping import EarlyStop, Evaluate
 
 NO_SETTINGS = Settings(OptimizerSettings(*[0.0] * len(OptimizerSettings._fields)), 0.0, 1.0, 0.0)
 SUMS = {
@@ -118,7 +121,7 @@ def test_the_best_is_kept_at_the_evaluation_that_found_it():
     evaluate = Evaluate(
         standing,
         10,
-        run=lambda state: ({"nll": values[int(state.step)]}, {"example": [0]}, None),
+        run=lambda state: Found({"eval/nll": values[int(state.step)]}, {"eval": {"example": [0]}}),
         keep_best=lambda state: kept.append(int(state.step)),
         write=lambda *x: written.append(x),
         write_examples=lambda *x: None,
@@ -152,7 +155,7 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best():
     evaluate = Evaluate(
         standing,
         10,
-        run=lambda state: ({"nll": values[int(state.step)]}, {"example": [0]}, None),
+        run=lambda state: Found({"eval/nll": values[int(state.step)]}, {"eval": {"example": [0]}}),
         keep_best=lambda state: kept.append(int(state.step)),
         write=lambda *x: None,
         write_examples=lambda *x: None,

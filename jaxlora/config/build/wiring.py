@@ -9,11 +9,13 @@ from jaxlora.config.build.programs import Programs, put_batch
 from jaxlora.config.schema import Config
 from jaxlora.runs.progress import Progress
 from jaxlora.training.answers import Answers, exact_match
-from jaxlora.training.evaluate import Evaluator
-from jaxlora.training.events import EarlyStop, Evaluate, Guard, Log, Save
+from jaxlora.training.evaluate import Evaluator, Found
+from jaxlora.training.events import Log, Save
+from jaxlora.training.guard import Guard
 from jaxlora.training.loop import Events
 from jaxlora.training.recording import Recorder
 from jaxlora.training.state import TrainState
+from jaxlora.training.stopping import EarlyStop, Evaluate
 
 
 def answers(config: Config, model: Model, data: HeldOut, say: Callable[[str], None]) -> Answers | None:
@@ -39,12 +41,16 @@ def answers(config: Config, model: Model, data: HeldOut, say: Callable[[str], No
 
 
 def events(
-    config: Config, data: Data, evaluator: Callable[..., Any], recorder: Recorder, progress: Progress
+    config: Config,
+    data: Data,
+    evaluator: Callable[[TrainState], Found],
+    recorder: Recorder,
+    progress: Progress,
 ) -> Events:
     """The run's events, wired to its recorder and to what the person sees.
 
     Args:
-        evaluator: state -> (metrics, per-example columns, answers or None).
+        evaluator: evaluates a state.
     """
     standing = recorder.standing
 
@@ -89,18 +95,19 @@ def evaluator(
     base: Any,
     answers: Answers | None,
     progress: Progress,
-) -> Callable[[TrainState], tuple[dict[str, float], dict[str, list[Any]], dict[str, list[Any]] | None]]:
-    """state -> (metrics by name, per-example columns, answers' columns or None): all that an evaluation finds."""
+) -> Callable[[TrainState], Found]:
+    """Evaluates a state: all that is asked for."""
     score = Evaluator(programs.evaluate, data.eval, put_batch(model), config.eval.metrics)
 
-    def run(state: TrainState):
+    def run(state: TrainState) -> Found:
         progress.eval(0, data.eval.num_batches)
         lora = programs.effective(state, base)
         metrics, per_example = score(lora, base, progress.eval)
-        if answers is None:
-            return metrics, per_example, None
-        exact, columns = answered(answers, lora, base, progress)
-        return {**metrics, **exact}, per_example, columns
+        files = {"eval": per_example}
+        if answers is not None:
+            exact, files["answers"] = answered(answers, lora, base, progress)
+            metrics |= exact
+        return Found({f"eval/{name}": value for name, value in metrics.items()}, files)
 
     return run
 
