@@ -129,7 +129,7 @@ def _fine_tune(
         writers.hparams(to_dict(config))
         recorder.record("running", None)
         evaluator = wiring.evaluator(config, model, data, compiled, base, answers, progress)
-        events = wiring.events(config, data, evaluator, recorder, progress)
+        events = wiring.events(config, data, total, evaluator, recorder, progress)
         put = programs.put_batch(model, config.train.batch_size // config.train.micro_batch_size)
         with _leaving_on_request(progress) as asked:
             program = Program(compiled.train, base, lambda step: put(data.train.batch(step)), total, asked)
@@ -200,7 +200,7 @@ def _tell_plan(
     progress: "Progress",
 ) -> None:
     """The summary before training."""
-    from jaxlora.config.build import programs
+    from jaxlora.config.build import programs, wiring
     from jaxlora.core.tree import count
     from jaxlora.training.optimizer import decay_budget
 
@@ -229,7 +229,7 @@ def _tell_plan(
         (
             "steps",
             f"{total:,} of {config.train.batch_size} rows ({config.train.micro_batch_size} at once); "
-            f"{train.steps_per_epoch:,} an epoch; an evaluation every {config.eval.every:,}",
+            f"{train.steps_per_epoch:,} an epoch; {wiring.calendar(config, data, total)}",
         ),
         (
             "learning rate",

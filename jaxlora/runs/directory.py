@@ -203,13 +203,14 @@ class RunDirectory:
         return file
 
     def read_evaluation(self, step: int, name: str = "eval") -> dict[str, list[Any]]:
-        """The columns that `write_evaluation` wrote.
+        """The columns that `write_evaluation` wrote, or is still to write.
 
         Raises:
             FileNotFoundError: there was no such evaluation.
         """
         file = self.evaluations / f"{name}-{int(step):08d}.jsonl"
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        content = self._late.get(file) or file.read_bytes()
+        rows = [json.loads(line) for line in content.decode().splitlines()]
         names = dict.fromkeys(key for row in rows for key in row)
         return {key: [row.get(key) for row in rows] for key in names}
 

@@ -5,7 +5,6 @@ a kill (the best so far, the patience spent) is in `Standing`, which goes into e
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,10 +59,13 @@ class Standing:
         lowest: likewise of the one with the lowest eval/nll.
         evaluations: how many there were.
         next_evaluation: the step from which the next one is due, where that depends on the ones before.
-        reference: the value of stop.by that the next improvement is counted from, infinite before the first.
+        recent: the steps of the newest evaluations, where that depends on them.
+        judged: the step of the newest evaluation that early stopping has looked at.
+        reference: the value of stop.by that the next improvement is counted from; None before the first.
         reference_step: the step of that evaluation.
         waited: evaluations since that improvement.
         overfit: the alarm in force: {"since": step of the minimum, "found": step, ...}; None for none.
+        suspected: evaluations in a row that look like it.
         skipped: updates that were not applied, because loss or gradient was not finite or a spike.
         spikes: steps that were spikes.
         rollbacks: how often the run went back: {"step", "to", "learning_rate"} of each.
@@ -73,17 +75,20 @@ class Standing:
         seconds: time spent, over all starts of the run.
     """
 
-    best: dict[str, float] | None = None
-    bests: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    first: dict[str, float] | None = None
-    last: dict[str, float] | None = None
-    lowest: dict[str, float] | None = None
+    best: dict[str, Any] | None = None
+    bests: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    first: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
+    lowest: dict[str, Any] | None = None
     evaluations: int = 0
     next_evaluation: int = 0
-    reference: float = math.inf
+    recent: list[int] = dataclasses.field(default_factory=list)
+    judged: int | None = None
+    reference: float | None = None
     reference_step: int | None = None
-    waited: int = 0
+    waited: float = 0
     overfit: dict[str, Any] | None = None
+    suspected: int = 0
     skipped: int = 0
     spikes: int = 0
     rollbacks: list[dict[str, float]] = dataclasses.field(default_factory=list)
@@ -93,16 +98,12 @@ class Standing:
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """JSON has no infinity: before the first evaluation the reference is None."""
-        values = dataclasses.asdict(self)
-        return values | {"reference": None if math.isinf(self.reference) else self.reference}
+        """All of it, for `from_json`. A NaN stays one: Python's JSON reads it back."""
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Standing":
-        fields: dict[str, Any] = dict(values)
-        if fields["reference"] is None:
-            fields["reference"] = math.inf
-        return cls(**fields)
+        return cls(**values)
 
 
 @dataclasses.dataclass

@@ -46,6 +46,17 @@ class Recorder:
         """A file of eval/."""
         self.run.write_evaluation(step, columns, name)
 
+    def recall(self, step: int, name: str) -> dict[str, list[Any]] | None:
+        """The columns of an earlier evaluation's file, None when it is gone."""
+        try:
+            return self.run.read_evaluation(step, name)
+        except (OSError, ValueError):
+            return None
+
+    def texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Texts (Markdown) for TensorBoard."""
+        self.writers.texts(step, texts)
+
     def best(self, state: TrainState) -> None:
         """The state's adapter becomes best/."""
         self._adapter(self.run.best, state)
@@ -79,8 +90,11 @@ class Recorder:
             reason=reason,
             **steps,
             best=standing.best,
+            bests=standing.bests,
             first=standing.first,
             last=standing.last,
+            evaluations=standing.evaluations,
+            overfit=standing.overfit,
             tokens=standing.tokens,
             seconds=round(standing.seconds, 1),
             skipped_updates=standing.skipped,

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from jaxlora.data.batches import Batches
 from jaxlora.runs.checkpoints import Checkpoints
 from jaxlora.training.events import Standing, StepInfo
-from jaxlora.training.stopping import EarlyStop, Evaluate
+from jaxlora.training.stopping import EarlyStop, Evaluate, Ranked
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -26,15 +26,21 @@ WEIGHTS = "adapter_model.safetensors"
 def stops_at(values, patience, min_delta=0.0, min_steps=0, resumed=()):
     """Feeds eval/nll at steps 0, 10, ...; the step of the stop, or None. Before the evaluations named in `resumed` the
     run is killed, and goes on from what a checkpoint holds."""
-    standing = Standing()
+    standing, by = Standing(), Ranked("eval/nll", lambda new, old: new < old)
     for index, nll in enumerate(values):
         if index in resumed:
             standing = Standing.from_json(json.loads(json.dumps(standing.to_json())))
         standing.last = {"step": index * 10, "eval/nll": nll}
-        if EarlyStop(standing, patience, min_delta, min_steps, due=lambda info: True)(
-            StepInfo(index * 10, 10**6, {})
-        ):
+        stop = EarlyStop(standing, by, patience, min_delta, False, min_steps, None, no_recall, said.append)
+        if stop(StepInfo(index * 10, 10**6, {})):
             return index * 10
+    return None
+
+
+said: list[str] = []
+
+
+def no_recall(step, name):
     return None
 
 
@@ -74,7 +80,7 @@ def test_the_best_checkpoint_is_gone_or_overwritten_after_a_resume(fine_tune, li
 
     def kept(event: Evaluate, info: StepInfo) -> None:
         evaluate(event, info)
-        if event.due(info) and event.standing.best == event.standing.last:
+        if event.due(info) and event.standing.best["step"] == info.step:
             state = jax.device_get(info.state)
             saved = load_file(undisturbed / "best" / WEIGHTS)
             q = state.adapter["layers"]["self_attn"]["q_proj"]["b"]  # type: ignore[union-attr]

@@ -1,6 +1,7 @@
 """What happens in a run: its events, wired to the folder and to what the person sees."""
 
 import importlib.metadata
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,13 +10,15 @@ from jaxlora.config.build.programs import Programs, put_batch
 from jaxlora.config.schema import Config
 from jaxlora.runs.progress import Progress
 from jaxlora.training.answers import Answers, exact_match
+from jaxlora.training.calendar import Calendar
 from jaxlora.training.evaluate import Evaluator, Found
 from jaxlora.training.events import Log, Save
 from jaxlora.training.guard import Guard
 from jaxlora.training.loop import Events
+from jaxlora.training.metrics import better
 from jaxlora.training.recording import Recorder
 from jaxlora.training.state import TrainState
-from jaxlora.training.stopping import EarlyStop, Evaluate
+from jaxlora.training.stopping import EarlyStop, Evaluate, OverfitAlarm, Ranked
 
 
 def answers(config: Config, model: Model, data: HeldOut, say: Callable[[str], None]) -> Answers | None:
@@ -43,14 +46,16 @@ def answers(config: Config, model: Model, data: HeldOut, say: Callable[[str], No
 def events(
     config: Config,
     data: Data,
-    evaluator: Callable[[TrainState], Found],
+    total: int,
+    evaluator: Callable[[TrainState, bool], Found],
     recorder: Recorder,
     progress: Progress,
 ) -> Events:
     """The run's events, wired to its recorder and to what the person sees.
 
     Args:
-        evaluator: evaluates a state.
+        total: steps of the run.
+        evaluator: evaluates a state; the switch says whether prompts are answered.
     """
     standing = recorder.standing
 
@@ -61,14 +66,23 @@ def events(
         ]
         return "; ".join(found[:8]) + (f"; and {len(found) - 8} more" if len(found) > 8 else "")
 
+    best_by = _ranked(config.checkpoint.best_by, config.checkpoint.best_mode)
+    stop_by = _ranked(config.stop.by)
+    days = calendar(config, data, total)
     evaluate = Evaluate(
         standing,
-        config.eval.every,
+        days,
+        best_by,
+        config.checkpoint.best,
+        (best_by.name, stop_by.name),
+        config.eval.generate_every,
         evaluator,
         recorder.best,
         recorder.metrics,
         recorder.examples,
         progress.say,
+        recorder.recall,
+        OverfitAlarm(standing, recorder.recall, progress.say, recorder.texts),
     )
     min_steps = config.optim.warmup_steps if config.stop.min_steps is None else config.stop.min_steps
     return Events(
@@ -82,9 +96,32 @@ def events(
         ),
         log=Log(config.log.every, recorder.metrics, progress.step, progress.train),
         evaluate=evaluate,
-        stop=EarlyStop(standing, config.stop.patience, config.stop.min_delta, min_steps, evaluate.due),
+        stop=EarlyStop(
+            standing,
+            stop_by,
+            config.stop.patience,
+            config.stop.min_delta,
+            config.stop.min_delta_unit == "standard_errors",
+            min_steps,
+            days.every if days.adaptive else None,
+            recorder.recall,
+            progress.say,
+        ),
         save=Save(standing, config.checkpoint.every, recorder.save),
     )
+
+
+def calendar(config: Config, data: Data, total: int) -> Calendar:
+    """When the run evaluates."""
+    eval = config.eval
+    every = max(1.0, eval.every_epochs * data.train.steps_per_epoch) if eval.every_epochs else eval.every
+    finest = eval.finest or max(1, math.ceil(every / 8))
+    return Calendar(every, total, eval.adaptive, min(finest, math.ceil(every)))
+
+
+def _ranked(name: str, mode: str = "auto") -> Ranked:
+    """A metric that a config names: NAME for eval/NAME, or its whole name."""
+    return Ranked(name if "/" in name else f"eval/{name}", better(name, mode))
 
 
 def evaluator(
@@ -95,16 +132,16 @@ def evaluator(
     base: Any,
     answers: Answers | None,
     progress: Progress,
-) -> Callable[[TrainState], Found]:
+) -> Callable[[TrainState, bool], Found]:
     """Evaluates a state: all that is asked for."""
     score = Evaluator(programs.evaluate, data.eval, put_batch(model), config.eval.metrics)
 
-    def run(state: TrainState) -> Found:
+    def run(state: TrainState, answer: bool) -> Found:
         progress.eval(0, data.eval.num_batches)
         lora = programs.effective(state, base)
         metrics, per_example = score(lora, base, progress.eval)
         files = {"eval": per_example}
-        if answers is not None:
+        if answers is not None and answer:
             exact, files["answers"] = answered(answers, lora, base, progress)
             metrics |= exact
         return Found({f"eval/{name}": value for name, value in metrics.items()}, files)
