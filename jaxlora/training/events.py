@@ -144,17 +144,17 @@ class Log:
 
 @dataclasses.dataclass
 class Save:
-    """Saves the state every `every` steps, at every new best, and when the run leaves.
+    """Saves the state every `every` steps, at every evaluation that is among the best few, and when the run leaves.
 
     Attributes:
-        save: takes (step, state, whether it is the best).
+        save: takes (step, state).
     """
 
     standing: Standing
     every: int
-    save: Callable[[int, TrainState, bool], None]
+    save: Callable[[int, TrainState], None]
 
     def __call__(self, info: StepInfo) -> None:
-        best = self.standing.best is not None and self.standing.best["step"] == info.step
-        if info.state is not None and (info.step % self.every == 0 or best or info.leaving):
-            self.save(info.step, info.state, best)
+        among_best = any(best["step"] == info.step for best in self.standing.bests)
+        if info.state is not None and (info.step % self.every == 0 or among_best or info.leaving):
+            self.save(info.step, info.state)
