@@ -31,6 +31,7 @@ OPTIONS = {
     "eval.generate": "--generate",
     "eval.max_new_tokens": "--max-new-tokens",
     "lora.init_from": "--adapter",
+    "mesh.fsdp=-1 --config.mesh.data=1": "--shard-base",
 }
 """Config keys -> the options of this command, for what lower rooms say about a key."""
 
@@ -193,7 +194,7 @@ def _evaluate(arguments: Namespace) -> int:
         with progress.stage("starting JAX"):
             import jax
 
-            from jaxlora.config.build import evaluation, generation, inputs, programs, wiring
+            from jaxlora.config.build import evaluation, generation, inputs, memory, wiring
             from jaxlora.core.compilation import use_persistent_cache
 
             use_persistent_cache()
@@ -220,10 +221,11 @@ def _evaluate(arguments: Namespace) -> int:
 
         loras = [lora, {}] if arguments.with_base else [lora]
         with progress.stage("compiling the evaluation step"):
-            steps = programs.compile_evaluation(config, model, loras)
+            fitted = memory.fit_evaluation(config, model, loras, answers, say)
+        data = memory.with_eval_rows(data, fitted.eval_rows)
         scored = [
             evaluation.score(step, model, data, base, lora, arguments.metrics, answers, progress)
-            for step, lora in zip(steps, loras, strict=True)
+            for step, answers, lora in zip(fitted.steps, fitted.answers, loras, strict=True)
         ]
         before = _in_training(chosen, config, data, say)
 

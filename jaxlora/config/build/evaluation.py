@@ -73,10 +73,10 @@ def score(
     """Evaluates one adapter, as a run does.
 
     Args:
-        step: of `programs.compile_evaluation`, for this adapter.
+        step: of `memory.fit_evaluation`, for this adapter.
         lora: the adapter as the decoder reads it; {} for the bare base.
         metrics: names of `METRICS`.
-        answers: the prompts to answer besides, or None.
+        answers: the prompts to answer besides, with the program for this adapter; or None.
     """
     evaluator = Evaluator(step, data.eval, programs.put_batch(model), metrics)
     progress.eval(0, data.eval.num_batches)
