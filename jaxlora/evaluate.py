@@ -284,6 +284,7 @@ def _print_json(chosen: Chosen, config: Config, data: "HeldOut", scored: Sequenc
         "dtype": config.model.dtype,
         "run": chosen.run.path if chosen.run else None,
         "step": chosen.step,
+        **({"averaged": chosen.averaged} if chosen.averaged else {}),
         "adapter": chosen.folder,
         "data": [part.name for part in data.eval_source.parts],
         "fingerprint": data.eval_source.fingerprint,

@@ -100,7 +100,7 @@ def _fine_tune(
         shapes = programs.state_shapes(config, model, total)
         fitted = memory.fit(config, model, shapes, answers, progress)
     compiled, answers = fitted.programs, fitted.answers
-    data = memory.with_eval_rows(data, fitted.eval_rows)
+    data = memory.with_eval_rows(data, fitted.config.eval.batch_size)
     with progress.stage("loading the base") as stage:
         base = inputs.base(model, stage)
     with progress.stage("making the adapter"):
@@ -131,7 +131,7 @@ def _fine_tune(
         )
         writers.hparams(to_dict(config))
         recorder.record("running", None)
-        evaluator = wiring.evaluator(config, model, data, compiled, base, answers, progress)
+        evaluator = wiring.evaluator(fitted.config, model, data, compiled, base, answers, progress)
         events = wiring.events(config, data, total, evaluator, recorder, progress)
         put = programs.put_batch(model, config.train.batch_size // config.train.micro_batch_size)
         with _leaving_on_request(progress) as asked:

@@ -163,16 +163,16 @@ class Fitted:
     """What a run computes with; it fits.
 
     Attributes:
+        config: the run's, but for eval.batch_size, which is what fits.
         programs: compiled.
         answers: with their own compiled program; None for none.
-        eval_rows: of an eval batch: eval.batch_size, or what fits.
         needs: bytes on each device, by what is done.
         capacity: what there is.
     """
 
+    config: Config
     programs: Programs
     answers: Answers | None
-    eval_rows: int
     needs: Mapping[str, int]
     capacity: Capacity
 
@@ -214,7 +214,8 @@ def fit(
     if answers is not None:
         answers = answers.compiled(answering[0].programs[0], answering[0].rows)
     needs = {attempt.work.name: attempt.need or 0 for attempt in (train, evaluation, *answering)}
-    return Fitted(Programs(*made), answers, evaluation.rows, needs, have)
+    fitting = _with(config, "eval", batch_size=evaluation.rows)
+    return Fitted(fitting, Programs(*made), answers, needs, have)
 
 
 class FittedEvaluation(NamedTuple):
