@@ -2,11 +2,11 @@
 
 import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
 
 
 class Capacity(NamedTuple):
@@ -25,22 +25,23 @@ class Capacity(NamedTuple):
         return need is not None and need <= self.size
 
 
-def capacity(memory_gb: float, mesh: Mesh) -> Capacity:
-    """The memory of each device of a mesh.
+def capacity(memory_gb: float, devices: Iterable[Any]) -> Capacity:
+    """The memory of each device of a run.
 
     Args:
         memory_gb: mesh.memory_gb; 0 asks the device, or, where it has no memory of its own (a CPU), the machine, whose
             memory its devices share.
+        devices: of the run.
     """
     if memory_gb:
         return Capacity(round(memory_gb * 1e9), "mesh.memory_gb")
-    devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    local = [device for device in devices if device.process_index == jax.process_index()]
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in local]
     known = [limit for limit in limits if limit]
     if known:
         return Capacity(min(known), "the device's own")
-    shared = f", shared by {len(devices)} devices" if len(devices) > 1 else ""
-    return Capacity(machine_memory() // len(devices), f"the machine's{shared}")
+    shared = f", shared by {len(local)} devices" if len(local) > 1 else ""
+    return Capacity(machine_memory() // len(local), f"the machine's{shared}")
 
 
 def machine_memory(root: Path = Path("/")) -> int:

@@ -44,7 +44,7 @@ class Chosen:
 
 
 def add_arguments(parser: CommandParser, dtype: bool = True) -> None:
-    """Gives a command --run, --step, --average-best, --adapter, --model and, where it computes with the base, --dtype."""
+    """Gives a command --run, --step, --average-best, --adapter, --model and, where the base is computed, --dtype."""
     parser.add_argument("--run", type=Path, help="a run's folder: its base, with its adapter")
     parser.add_argument("--step", help="with --run: best, last, or the number of a kept step (best)")
     parser.add_argument(

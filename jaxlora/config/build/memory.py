@@ -195,7 +195,7 @@ def fit(
     Raises:
         InputError: training does not fit, or not even the smallest batch of something else.
     """
-    have = capacity(config.mesh.memory_gb, model.mesh)
+    have = capacity(config.mesh.memory_gb, model.mesh.devices.flat)
     lora, beside = programs.lora_shapes(model, state), _train_batch(config, model)
     adapter = _Work("the adapter", lambda _: [_Part(programs.lower_effective(model, state, lora), beside)])
     beside += size_on_device(state)
@@ -248,7 +248,7 @@ def fit_evaluation(
     Raises:
         InputError: not even the smallest batch fits.
     """
-    have = capacity(config.mesh.memory_gb, model.mesh)
+    have = capacity(config.mesh.memory_gb, model.mesh.devices.flat)
     wanted = [(_evaluation(config, model, loras, 0), config.eval.batch_size)]
     if answers is not None:
         wanted.append((_answering(answers, model, loras, 0), answers.batch_size))
