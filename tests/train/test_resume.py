@@ -1,5 +1,6 @@
 """A run that was killed, asked to leave, or lost its newest checkpoint ends with the bytes of an undisturbed one."""
 
+import itertools
 import json
 import os
 import random
@@ -39,6 +40,20 @@ VARIANTS = {
     "lora__rank_pattern": "q_proj=7,mlp.*=2",
     "lora__dropout_pattern": "mlp.*=0.1",
     "optim__loraplus_lr_ratio": 4.0,
+}
+
+JUDGED = {
+    **SHAPE,
+    "train__max_steps": 30,
+    "optim__learning_rate": 0.1,
+    "eval__every": 8,
+    "eval__adaptive": True,
+    "eval__finest": 2,
+    "checkpoint__best": 3,
+    "checkpoint__best_by": "token_accuracy",
+    "stop__patience": 3,
+    "stop__min_delta": 1.0,
+    "stop__min_delta_unit": "standard_errors",
 }
 
 
@@ -186,6 +201,30 @@ def test_killed_five_times_and_stopping_early(command, undisturbed, project, tmp
     assert all("going on after step" in output for output in starts[2:]), starts
     assert not any("damaged" in output for output in starts)
     assert_same(workdir, expected)
+
+
+@pytest.mark.slow
+def test_what_is_judged_by_earlier_evaluations_goes_on_as_it_was(command, undisturbed, project, tmp_path):
+    """The adaptive calendar, improvements in standard errors, the alarm and the best few all look back."""
+    expected = undisturbed(JUDGED)
+    curve = [json.loads(line) for line in (expected / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line["step"] for line in curve if "eval/nll" in line]
+    assert len({b - a for a, b in itertools.pairwise(evaluated)}) > 1, evaluated
+    workdir = tmp_path / "run"
+    arguments = project.arguments(workdir, **JUDGED)
+    for die in (
+        ["jaxlora.training.evaluate:_add", 25],
+        ["jaxlora.training.stopping:EarlyStop.__call__", 3],
+        [str(workdir / "checkpoints"), 60],
+    ):
+        assert command.run(arguments, die=die) == -signal.SIGKILL, command.output
+    assert command.run(arguments) == 0, command.output
+    assert_same(workdir, expected)
+    record = json.loads((workdir / "record.json").read_text())
+    accuracy = {line["step"]: line["eval/token_accuracy"] for line in curve if "eval/nll" in line}
+    ranked = sorted(accuracy, key=lambda step: (-accuracy[step], step))
+    assert [entry["step"] for entry in record["bests"]] == ranked[:3]
+    assert record["best"] == record["bests"][0]
 
 
 @pytest.mark.slow
