@@ -169,6 +169,17 @@ class Checkpoints:
         found, self._problems = self._problems, []
         return found
 
+    def reached_preemption(self, step: int) -> bool:
+        """Whether all processes are to save after this step and leave, since one was told that its machine will go.
+
+        JAX carries the notice to all of them and agrees on a step later than any they are at, so it has to be asked
+        about every step, in order. Needs jax.distributed; False without.
+
+        Source: jax.experimental.multihost_utils.reached_preemption_sync_point.
+        """
+        manager = self._open()
+        return type(manager).reached_preemption(manager, step)
+
     def wait(self) -> None:
         """Waits for the save in progress, if any."""
         if self._pending is None:
@@ -220,6 +231,9 @@ class Checkpoints:
                     async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 ),
             )
+            # For its statistics Orbax asks again about the step just saved, from a thread and late: JAX would count
+            # from there, and agree on a step that has gone by.
+            self._manager.reached_preemption = lambda step: False
         return self._manager
 
     def _put_back(self) -> None:
