@@ -104,7 +104,7 @@ def _on_tpu_vm() -> bool:
         from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
     except ImportError:  # not public, and may move
         return False
-    platforms = jax.config.read("jax_platforms")
+    platforms: str | None = getattr(jax.config, "jax_platforms", None)
     return running_in_cloud_tpu_vm and (not platforms or "tpu" in platforms)
 
 
