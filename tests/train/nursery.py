@@ -1,10 +1,11 @@
 """Starts train commands as processes of their own, forked from one that has done the slow imports.
 
 Each line on stdin is a JSON object: `arguments` of the command, `output` (the file for what it prints) and, for one
-that shall be killed, `die`: [where, n]. It then sends itself SIGKILL as it reaches its n-th call of `where`
-("jaxlora.module:function" or "jaxlora.module:Class.method"), or, where that is a folder, as it is about to open, make,
-rename or delete for the n-th time something in that folder. A command that ends by itself also prints how many
-programs it found in JAX's persistent cache. Answers on stdout: the process id, then how it ended.
+that shall be killed, `die`: [where, n] or [where, n, signals]. It then sends itself SIGKILL, or those signals, as it
+reaches its n-th call of `where` ("jaxlora.module:function" or "jaxlora.module:Class.method"), or, where that is a
+path, as it is about to open, make, rename or delete for the n-th time something whose path begins so. A command that
+ends by itself also prints how many programs it found in JAX's persistent cache. Answers on stdout: the process id, then
+how it ended.
 """
 
 import atexit
@@ -16,6 +17,7 @@ import os
 import runpy
 import signal
 import sys
+from collections.abc import Sequence
 
 IMPORTED = """
     jaxlora.runs.writers tensorflow clu.metric_writers orbax.checkpoint jaxlora.config.build.wiring
@@ -24,14 +26,15 @@ IMPORTED = """
 TOUCHES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
 
 
-def die_at(where: str, n: int) -> None:
+def die_at(where: str, n: int, signals: Sequence[int] = (signal.SIGKILL,)) -> None:
     left = n
 
     def count(*_: object) -> None:
         nonlocal left
         left -= 1
         if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            for number in signals:
+                os.kill(os.getpid(), number)
 
     if os.path.isabs(where):
         sys.addaudithook(
