@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import gc
 import json
+import logging
 import os
 import re
 import shutil
@@ -325,11 +326,13 @@ def _quiet() -> None:
     """Keeps Orbax from telling on stderr what `problems` and `skipped` tell in a line.
 
     It logs each step of its work, and the tracebacks of failed ones, through absl. A failed read moreover leaves
-    others behind whose answers come when nobody waits any more, each with a traceback of its own.
+    others behind whose answers come when nobody waits any more, each with a traceback of its own: from a coroutine, or
+    as an error that asyncio logs for a future.
     """
-    from absl import logging
+    from absl import logging as absl_logging
 
-    logging.set_verbosity(logging.FATAL)
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").addFilter(lambda record: "tensorstore" not in record.getMessage())
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

@@ -38,7 +38,7 @@ SETTINGS = {
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 ENDED = ("finished", "stopped_early")
 
-# What is struck -> where, and up to how many calls or touches after the start. What begins with "/" is in the run folder.
+# What is struck -> where, and up to how many calls or touches later. What begins with "/" is in the run folder.
 PLACES = {
     "in a step": ("jaxlora.data.batches:Batches.batch", 6),
     "in an evaluation": ("jaxlora.data.batches:EvalBatches.batch", 20),
@@ -56,7 +56,7 @@ PLACES = {
 }
 AT_ANY_MOMENT = "at a random moment"
 HOW_MANY = {
-    "SIGKILL": {place: 1 for place in PLACES}
+    "SIGKILL": dict.fromkeys(PLACES, 1)
     | {"saving": 6, "in a step": 2, "in an evaluation": 2, AT_ANY_MOMENT: 8},
     "SIGTERM": {"in a step": 1, "in an evaluation": 1, "answering": 1, "saving": 1, AT_ANY_MOMENT: 2},
     "SIGINT": {"in an evaluation": 1, "saving": 1, AT_ANY_MOMENT: 1},
@@ -127,7 +127,7 @@ def survive(
 ) -> list[Fault]:
     """Strikes runs with all the faults, one after another; each run that ends must equal the undisturbed one."""
     waiting, survived, runs = collections.deque(faults), list[Fault](), 0
-    code, status = 0, "finished"
+    workdir, status = folder, "finished"
     while waiting or status not in ENDED:
         if status in ENDED:
             runs += 1
