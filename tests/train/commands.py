@@ -105,3 +105,11 @@ def wait_for_step(command: Command, workdir: Path, step: int) -> None:
     while last_step(workdir) < step:
         assert time.monotonic() < patience, command.output
         time.sleep(0.002)
+
+
+def wait_until_stopped(command: Command) -> None:
+    """Returns when the command has stopped itself, as it was planned to."""
+    patience = time.monotonic() + 300
+    while Path(f"/proc/{command.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < patience, command.output
+        time.sleep(0.02)

@@ -8,9 +8,10 @@ import collections
 import json
 import os
 import random
+import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.train import commands
-from tests.train.commands import Command, assert_same, last_step
+from tests.train.commands import Command, assert_same, last_step, wait_until_stopped
 from tests.train.conftest import Project
 
 # It evaluates, answers, saves, counts its patience and stops early: much to be interrupted in.
@@ -155,23 +156,33 @@ def survive(
     return survived
 
 
-@pytest.fixture
-def two_commands(tmp_path) -> Iterator[list[Command]]:
+@pytest.fixture(scope="module")
+def nurseries():
     with commands.nursery() as one, commands.nursery() as other:
-        yield [Command(one, tmp_path / "one.txt"), Command(other, tmp_path / "other.txt")]
+        yield one, other
+
+
+@pytest.fixture
+def two_commands(nurseries, tmp_path) -> list[Command]:
+    return [Command(nursery, tmp_path / f"{i}.txt") for i, nursery in enumerate(nurseries)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nurseries, project, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    command = Command(nurseries[0], folder / "output.txt")
+    assert command.run(project.arguments(folder / "run", **SETTINGS)) == 0, command.output
+    assert json.loads((folder / "run/record.json").read_text())["status"] == "stopped_early"
+    return folder / "run"
 
 
 @pytest.mark.slow
-def test_whatever_befalls_a_run_it_ends_as_an_undisturbed_one(two_commands, project, tmp_path):
-    undisturbed = tmp_path / "undisturbed"
-    assert two_commands[0].run(project.arguments(undisturbed, **SETTINGS)) == 0, two_commands[0].output
-    assert json.loads((undisturbed / "record.json").read_text())["status"] == "stopped_early"
-
+def test_whatever_befalls_a_run_it_ends_as_an_undisturbed_one(two_commands, undisturbed, project, tmp_path):
     faults = drawn(random.Random(8))
     began = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
         halves = [
-            pool.submit(survive, command, project, tmp_path / str(i), undisturbed, faults[i::2])
+            pool.submit(survive, command, project, tmp_path / f"by {i}", undisturbed, faults[i::2])
             for i, command in enumerate(two_commands)
         ]
         survived = [fault for half in halves for fault in half.result()]
@@ -184,3 +195,60 @@ def test_whatever_befalls_a_run_it_ends_as_an_undisturbed_one(two_commands, proj
     print(f"{len(survived)} faults survived in {time.monotonic() - began:.0f} s")
     assert counts == HOW_MANY
     assert sum(sum(places.values()) for kind, places in counts.items() if "twice" not in kind) >= 30
+
+
+def turn_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    file.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a bit of the arrays": lambda step: turn_a_bit(
+        max((step / "state/d").iterdir(), key=lambda f: f.stat().st_size)
+    ),
+    "a bit of the standing": lambda step: turn_a_bit(step / "host/metadata"),
+    "what the arrays are, cut": lambda step: os.truncate(step / "state/_METADATA", 500),
+    "where the arrays are, gone": lambda step: (step / "state/manifest.ocdbt").unlink(),
+}
+
+
+@pytest.mark.slow
+def test_killed_and_its_newest_checkpoint_damaged(two_commands, undisturbed, project, tmp_path):
+    struck = tmp_path / "struck"
+    place = ["jaxlora.data.batches:EvalBatches.batch", 60]
+    assert two_commands[0].run(project.arguments(struck, **SETTINGS), die=place) == -KILL
+    newest, before = sorted(
+        (int(entry.name) for entry in (struck / "checkpoints").glob("[0-9]*")), reverse=True
+    )[:2]
+
+    def resume(command: Command, names: list[str]) -> None:
+        for name in names:
+            workdir = Path(shutil.copytree(struck, tmp_path / name))
+            DAMAGES[name](workdir / "checkpoints" / str(newest))
+            assert command.run(project.arguments(workdir, **SETTINGS)) == 0, command.output
+            assert command.output.count("is damaged (") == 1, command.output
+            assert f"checkpoint {workdir / 'checkpoints' / str(newest)} is damaged (" in command.output
+            assert f"going on after step {before}\n" in command.output
+            assert "Traceback" not in command.output
+            assert_same(workdir, undisturbed)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(resume, c, list(DAMAGES)[i::2]) for i, c in enumerate(two_commands)]:
+            done.result()
+
+
+@pytest.mark.slow
+def test_a_second_process_is_refused_until_the_first_is_dead(two_commands, undisturbed, project, tmp_path):
+    first, second = two_commands
+    arguments = project.arguments(tmp_path / "run", **SETTINGS)
+    first.start(arguments, stop=[["jaxlora.data.batches:Batches.batch", 12]])
+    wait_until_stopped(first)
+    assert second.run(arguments) == 2
+    (line,) = (line for line in second.output.splitlines() if line.startswith("error: "))
+    assert f"is in use by process {first.pid} on " in line
+    os.kill(first.pid, KILL)
+    assert first.wait() == -KILL
+    assert second.run(arguments) == 0, second.output
+    assert "going on after step" in second.output
+    assert_same(tmp_path / "run", undisturbed)
