@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -30,7 +31,14 @@ class Command:
 
     def wait(self) -> int:
         """Its exit code; minus the signal for one that was killed."""
-        return self._answer()
+        code, self.pid = self._answer(), 0
+        return code
+
+    def kill(self) -> None:
+        """Ends one that a failed test has left, stopped perhaps."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
 
     @property
     def output(self) -> str:
@@ -83,13 +91,23 @@ def contents(workdir: Path) -> dict[str, bytes]:
     return found
 
 
-def assert_same(workdir: Path, undisturbed: Path) -> None:
+def assert_same(workdir: Path, undisturbed: Path, asked_to_leave: bool = False) -> None:
+    """Asserts that two runs left the same.
+
+    One that was asked to leave saved where the other did not, and may have that checkpoint as its last but one.
+    """
     found, expected = contents(workdir), contents(undisturbed)
     assert found.keys() == expected.keys()
     for name in found:
         assert found[name] == expected[name], name
     steps = [{entry.name for entry in (run / "checkpoints").iterdir()} for run in (workdir, undisturbed)]
-    assert steps[0] == steps[1]
+    if asked_to_leave:
+        best = json.loads((undisturbed / "record.json").read_text())["best"]["step"]
+        assert max(steps[0], key=int) == max(steps[1], key=int)
+        assert str(best) in steps[0] & steps[1]
+        assert len(steps[0]) == len(steps[1])
+    else:
+        assert steps[0] == steps[1]
 
 
 def last_step(workdir: Path) -> int:

@@ -11,7 +11,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -147,10 +147,11 @@ def survive(
             assert f"going on after step {max(saved)}\n" in said, (fault, said)
         if fault and fault.happened(code, status):
             survived.append(fault)
+            print(fault, record.exists() and json.loads(record.read_text()).get("steps"), flush=True)
             continue
         assert code == 0, (fault, said)
         assert status in ENDED, (fault, said)
-        assert_same(workdir, undisturbed)
+        assert_same(workdir, undisturbed, asked_to_leave=True)
         if fault:
             waiting.append(fault)
     return survived
@@ -163,8 +164,11 @@ def nurseries():
 
 
 @pytest.fixture
-def two_commands(nurseries, tmp_path) -> list[Command]:
-    return [Command(nursery, tmp_path / f"{i}.txt") for i, nursery in enumerate(nurseries)]
+def two_commands(nurseries, tmp_path) -> Iterator[list[Command]]:
+    found = [Command(nursery, tmp_path / f"{i}.txt") for i, nursery in enumerate(nurseries)]
+    yield found
+    for command in found:
+        command.kill()
 
 
 @pytest.fixture(scope="module")

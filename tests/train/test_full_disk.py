@@ -40,8 +40,10 @@ def nursery():
 
 
 @pytest.fixture
-def command(nursery, tmp_path) -> Command:
-    return Command(nursery, tmp_path / "output.txt")
+def command(nursery, tmp_path) -> Iterator[Command]:
+    command = Command(nursery, tmp_path / "output.txt")
+    yield command
+    command.kill()
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +75,15 @@ class Disk:
 
 
 @pytest.fixture
-def disk(tmp_path) -> Iterator[Disk]:
+def disk(tmp_path, command) -> Iterator[Disk]:
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system takes root")
     yield Disk(folder)
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    command.kill()
+    subprocess.run(["umount", folder], check=True)
 
 
 def steps_saved(workdir: Path) -> list[int]:
