@@ -151,7 +151,8 @@ def survive(
             continue
         assert code == 0, (fault, said)
         assert status in ENDED, (fault, said)
-        assert_same(workdir, undisturbed, asked_to_leave=True)
+        assert_same(workdir, undisturbed, same_saves=False)
+        assert (workdir / "checkpoints" / str(json.loads(record.read_text())["best"]["step"])).is_dir()
         if fault:
             waiting.append(fault)
     return survived
