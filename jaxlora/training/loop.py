@@ -34,14 +34,15 @@ class Program:
         base: frozen parameters.
         batch: step number -> its batch on the devices.
         total_steps: the last step.
-        asked_to_leave: whether someone asked the run to save and end.
+        asked_to_leave: takes the number of the step just made, at every step; whether someone asked the run to save
+            and end.
     """
 
     step: Callable[[TrainState, Any, Mapping[str, Any]], tuple[TrainState, Any]]
     base: Any
     batch: Callable[[int], Mapping[str, Any]]
     total_steps: int
-    asked_to_leave: Callable[[], bool] = lambda: False
+    asked_to_leave: Callable[[int], bool] = lambda step: False
 
 
 def train(program: Program, state: TrainState, standing: Standing, events: Events) -> tuple[TrainState, Stop]:
@@ -77,7 +78,7 @@ def train(program: Program, state: TrainState, standing: Standing, events: Event
         batch = program.batch(step + 1) if step < total else None
 
         # ---- guard and log: every step, one behind unless this one is a milestone
-        leaving = step == total or program.asked_to_leave()
+        leaving = step == total or program.asked_to_leave(step)
         milestone = leaving or events.evaluate.due(StepInfo(step, total, {})) or step % events.save.every == 0
         verdict: Stop | None = None
         while len(unseen) > (0 if milestone else 1) and verdict is None:
