@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxlora.lora.peft import save_peft
@@ -46,6 +46,10 @@ class Recorder:
         """A file of eval/."""
         self.run.write_evaluation(step, columns, name)
 
+    def rows(self, step: int, columns: Mapping[str, Sequence[Any]]) -> str:
+        """A file of spikes/; its name."""
+        return f"{self.run.spikes.name}/{self.run.write_spike(step, columns).name}"
+
     def best(self, state: TrainState) -> None:
         """The state's adapter becomes best/."""
         self._adapter(self.run.best, state)
@@ -59,6 +63,7 @@ class Recorder:
         now = time.monotonic()
         self.standing.seconds += now - self.began
         self.began = now
+        self.checkpoints.held = self.standing.held
         if step > 0:
             self.checkpoints.save(step, state, self.standing.to_json(), best)
         self.last(state)
@@ -84,6 +89,8 @@ class Recorder:
             tokens=standing.tokens,
             seconds=round(standing.seconds, 1),
             skipped_updates=standing.skipped,
+            spikes=standing.spikes,
+            rollbacks=standing.rollbacks,
             **self.facts,
         )
         self.tell_problems()

@@ -7,7 +7,6 @@ with, and hides behind them; it takes half of the window to move a median.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -47,7 +46,7 @@ class Alarm(NamedTuple):
         spike: whether it is one, by its loss or its gradient norm.
         loss_deviations, norm_deviations: by how many deviations each is above its median; 0 without an entry. They
             are divided by 1 + 8 / n, so that the threshold is the same number for every n.
-        loss_median, norm_median: what they were compared with.
+        loss_median, norm_median: what they were compared with. first_loss: the first of all.
         diverged: whether the loss has stayed far above where it began, for most of a full window.
     """
 
@@ -56,6 +55,7 @@ class Alarm(NamedTuple):
     norm_deviations: Float[Array, ""]
     loss_median: Float[Array, ""]
     norm_median: Float[Array, ""]
+    first_loss: Float[Array, ""]
     diverged: Bool[Array, ""]
 
 
@@ -70,7 +70,7 @@ def no_steps(window: int) -> Recent:
 
 
 def compare(
-    recent: Recent, loss: Float[Array, ""], norm: Float[Array, ""], threshold: Float[Array, ""]
+    recent: Recent, loss: Float[Array, ""], norm: Float[Array, ""], threshold: Float[Array, ""] | float
 ) -> Alarm:
     """Compares a step with the n steps before it that `recent` holds.
 
@@ -105,6 +105,7 @@ def compare(
         norm_deviations=by_norm,
         loss_median=loss_median,
         norm_median=jnp.where(known, jnp.exp(log_median), 0.0),
+        first_loss=recent.first,
         diverged=(recent.count >= size) & (loss_median > recent.first + excess),
     )
 

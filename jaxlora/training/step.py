@@ -29,7 +29,7 @@ class StepSums(NamedTuple):
         grad_norm: global norm of the mean gradient, before clipping.
         learning_rate: of this step's update.
         finite: 0 when loss or gradient was not finite.
-        spike: 1 when the step was one, by nll or gradient norm (see `spikes.compare`, also for the next five).
+        spike: 1 when the step was one, by nll or gradient norm (see `spikes.compare`, also for the next six).
         applied: 1 when the update was applied; 0 when the step was not finite, was a spike and spikes are skipped, or
             had no trained token.
         rows_nll: unsmoothed, the mean over each row's trained tokens; 0 for a row without any. Left on the device
@@ -49,6 +49,7 @@ class StepSums(NamedTuple):
     norm_deviations: Float[Array, ""]
     loss_median: Float[Array, ""]
     norm_median: Float[Array, ""]
+    first_loss: Float[Array, ""]
     diverged: Float[Array, ""]
     applied: Float[Array, ""]
     rows_nll: Float[Array, "M B"]
@@ -131,6 +132,7 @@ def make_train_step(decoder: Decoder, dropout: bool = False) -> Callable[..., tu
             norm_deviations=alarm.norm_deviations,
             loss_median=alarm.loss_median,
             norm_median=alarm.norm_median,
+            first_loss=alarm.first_loss,
             diverged=alarm.diverged.astype(jnp.float32),
             applied=applied.astype(jnp.float32),
             rows_nll=rows_nll,

@@ -4,6 +4,7 @@ import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
+from jaxlora.config.build import guarding
 from jaxlora.config.build.inputs import Data, HeldOut, Model
 from jaxlora.config.build.programs import Programs, put_batch
 from jaxlora.config.schema import Config
@@ -11,7 +12,6 @@ from jaxlora.runs.progress import Progress
 from jaxlora.training.answers import Answers, exact_match
 from jaxlora.training.evaluate import Evaluator, Found
 from jaxlora.training.events import Log, Save
-from jaxlora.training.guard import Guard
 from jaxlora.training.loop import Events
 from jaxlora.training.recording import Recorder
 from jaxlora.training.state import TrainState
@@ -54,13 +54,6 @@ def events(
     """
     standing = recorder.standing
 
-    def rows(step: int) -> str:
-        found = [
-            data.train_source.where(int(data.train.examples.source_rows[e]))
-            for e in data.train.examples_in(step)
-        ]
-        return "; ".join(found[:8]) + (f"; and {len(found) - 8} more" if len(found) > 8 else "")
-
     evaluate = Evaluate(
         standing,
         config.eval.every,
@@ -72,14 +65,7 @@ def events(
     )
     min_steps = config.optim.warmup_steps if config.stop.min_steps is None else config.stop.min_steps
     return Events(
-        guard=Guard(
-            standing,
-            config.guard.on_nonfinite,
-            config.guard.max_skipped,
-            rows,
-            recorder.metrics,
-            progress.say,
-        ),
+        guard=guarding.guard(config, data, recorder),
         log=Log(config.log.every, recorder.metrics, progress.step, progress.train),
         evaluate=evaluate,
         stop=EarlyStop(standing, config.stop.patience, config.stop.min_delta, min_steps, evaluate.due),
