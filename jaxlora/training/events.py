@@ -1,7 +1,7 @@
 """What happens around the steps, in the order in which it happens: guard, log, evaluate, stop, save.
 
-Every event is called with a frozen `StepInfo`, and may return `Stop` or `Rollback`. None of them sees the loop. What has
-to survive a kill (the best so far, the patience spent) is in `Standing`, which goes into every checkpoint.
+Every event is called with a frozen `StepInfo`, and may return `Stop` or `Rollback`. None of them sees the loop. What
+has to survive a kill (the best so far, the patience spent) is in `Standing`, which goes into every checkpoint.
 """
 
 import dataclasses
