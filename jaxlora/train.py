@@ -74,7 +74,7 @@ def _fine_tune(
     with progress.stage("starting JAX"):
         import jax
 
-        from jaxlora.config.build import inputs, programs, wiring
+        from jaxlora.config.build import guarding, inputs, programs, wiring
         from jaxlora.parallel import processes
         from jaxlora.runs.checkpoints import Checkpoints
         from jaxlora.runs.directory import RunDirectory
@@ -112,7 +112,7 @@ def _fine_tune(
                 progress.say(line)
             if restored:
                 state, standing = restored.state, Standing.from_json(restored.host)
-            run.truncate(restored.step if restored else -1)
+            run.truncate(restored.step if restored else -1, standing.excluded)
             checkpoints.truncate(restored.step if restored else 0)
             progress.say(
                 f"going on after step {restored.step}"
@@ -134,8 +134,12 @@ def _fine_tune(
         evaluator = wiring.evaluator(config, model, data, compiled, base, answers, progress)
         events = wiring.events(config, data, total, evaluator, recorder, progress)
         put = programs.put_batch(model, config.train.batch_size // config.train.micro_batch_size)
+        batch = guarding.batches(data, put, standing)
+        rollback = guarding.rollback(
+            config, recorder, lambda: programs.first_state(config, model, total, base, given), progress.begin
+        )
         with _leaving_on_request(progress, notify, checkpoints, int(state.step)) as asked:
-            program = Program(compiled.train, base, lambda step: put(data.train.batch(step)), total, asked)
+            program = Program(compiled.train, base, batch, total, rollback, asked)
             progress.begin(int(state.step))
             try:
                 state, end = train(program, state, standing, events)

@@ -107,8 +107,13 @@ class Source:
 
     def where(self, i: int) -> str:
         """Where conversation i stands, in a person's words: "data/train.jsonl, row 7" (rows count from 1)."""
+        name, row = self.place(i)
+        return f"{name}, row {row}"
+
+    def place(self, i: int) -> tuple[str, int]:
+        """The file or data set that conversation i stands in, and its row there, from 1."""
         ((part, rows),) = self._by_part(i, i + 1)
-        return f"{part.name}, row {rows[0] + 1}"
+        return part.name, rows[0] + 1
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "Source":
         """The source of these conversations only, in this order."""

@@ -17,7 +17,7 @@ import shutil
 import sys
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class Checkpoints:
         keep: how many of the newest stay. The newest one saved as best stays besides.
         read_only: whether nothing in the folder is changed, for a look at a run that may be alive: a damaged checkpoint
             stays where it is.
+    Attributes:
+        held: steps that stay besides, whatever their number; to be set before a save.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2, read_only: bool = False):
@@ -62,6 +64,7 @@ class Checkpoints:
             raise ValueError(f"keep is {keep}; at least one checkpoint must stay")
         self.folder = Path(folder).absolute()
         self.skipped: list[str] = []
+        self.held: Collection[int] = ()
         self._keep, self._read_only = keep, read_only
         self._manager: Any = None
         self._best: int | None = None
@@ -224,7 +227,9 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=_newest_and_best(checkpoint_managers, self._keep, lambda: self._best),
+                    preservation_policy=_newest_and(
+                        checkpoint_managers, self._keep, lambda: {self._best, *self.held}
+                    ),
                     cleanup_tmp_directories=not self._read_only,
                     read_only=self._read_only,
                     save_root_metadata=False,
@@ -313,12 +318,12 @@ class Checkpoints:
         ]
 
 
-def _newest_and_best(policies: Any, keep: int, best: Any) -> Any:
-    class Best(policies.PreservationPolicy):
+def _newest_and(policies: Any, keep: int, others: Any) -> Any:
+    class Others(policies.PreservationPolicy):
         def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-            return [checkpoint.step == best() for checkpoint in checkpoints]
+            return [checkpoint.step in others() for checkpoint in checkpoints]
 
-    return policies.AnyPreservationPolicy([policies.LatestN(n=keep), Best()])
+    return policies.AnyPreservationPolicy([policies.LatestN(n=keep), Others()])
 
 
 @functools.cache

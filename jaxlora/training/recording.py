@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,10 @@ class Recorder:
         """Texts (Markdown) for TensorBoard."""
         self.writers.texts(step, texts)
 
+    def rows(self, step: int, columns: Mapping[str, Sequence[Any]]) -> str:
+        """A file of spikes/; its name."""
+        return f"{self.run.spikes.name}/{self.run.write_spike(step, columns).name}"
+
     def best(self, state: TrainState) -> None:
         """The state's adapter becomes best/."""
         self._adapter(self.run.best, state)
@@ -75,6 +79,7 @@ class Recorder:
         now = time.monotonic()
         self.standing.seconds += now - self.began
         self.began = now
+        self.checkpoints.held = self.standing.held
         if step > 0:
             self.checkpoints.save(step, state, self.standing.to_json(), best)
         self.last(state)  # and best/, if that waits
@@ -105,6 +110,8 @@ class Recorder:
             tokens=standing.tokens,
             seconds=round(standing.seconds, 1),
             skipped_updates=standing.skipped,
+            spikes=standing.spikes,
+            rollbacks=standing.rollbacks,
             **self.facts,
         )
         self.tell_problems()

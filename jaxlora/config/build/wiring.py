@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from jaxlora.config.build import guarding
 from jaxlora.config.build.inputs import Data, HeldOut, Model
 from jaxlora.config.build.programs import Programs, put_batch
 from jaxlora.config.schema import Config
@@ -13,7 +14,6 @@ from jaxlora.training.answers import Answers, exact_match
 from jaxlora.training.calendar import Calendar
 from jaxlora.training.evaluate import Evaluator, Found
 from jaxlora.training.events import Log, Save
-from jaxlora.training.guard import Guard
 from jaxlora.training.loop import Events
 from jaxlora.training.metrics import better
 from jaxlora.training.recording import Recorder
@@ -59,13 +59,6 @@ def events(
     """
     standing = recorder.standing
 
-    def rows(step: int) -> str:
-        found = [
-            data.train_source.where(int(data.train.examples.source_rows[e]))
-            for e in data.train.examples_in(step)
-        ]
-        return "; ".join(found[:8]) + (f"; and {len(found) - 8} more" if len(found) > 8 else "")
-
     best_by = _ranked(config.checkpoint.best_by, config.checkpoint.best_mode)
     stop_by = _ranked(config.stop.by)
     days = calendar(config, data, total)
@@ -86,14 +79,7 @@ def events(
     )
     min_steps = config.optim.warmup_steps if config.stop.min_steps is None else config.stop.min_steps
     return Events(
-        guard=Guard(
-            standing,
-            config.guard.on_nonfinite,
-            config.guard.max_skipped,
-            rows,
-            recorder.metrics,
-            progress.say,
-        ),
+        guard=guarding.guard(config, data, recorder),
         log=Log(config.log.every, recorder.metrics, progress.step, progress.train),
         evaluate=evaluate,
         stop=EarlyStop(
