@@ -46,6 +46,10 @@ class Recorder:
         """A file of eval/."""
         self.run.write_evaluation(step, columns, name)
 
+    def texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Texts for TensorBoard, in Markdown."""
+        self.writers.texts(step, texts)
+
     def best(self, state: TrainState) -> None:
         """The state's adapter becomes best/."""
         self._adapter(self.run.best, state)

@@ -18,6 +18,7 @@ class Evaluate:
         run: evaluates a state.
         keep_best: writes a state's adapter to best/.
         write: takes (step, metrics); write_examples: takes (step, columns, name); say: takes a line.
+        write_texts: takes (step, texts for TensorBoard).
     """
 
     standing: Standing
@@ -27,6 +28,7 @@ class Evaluate:
     write: Callable[[int, Mapping[str, Any]], None]
     write_examples: Callable[[int, Mapping[str, list[Any]], str], Any]
     say: Callable[[str], None]
+    write_texts: Callable[[int, Mapping[str, str]], Any] = lambda step, texts: None
 
     def due(self, info: StepInfo) -> bool:
         return info.step % self.every == 0 or info.step == info.total_steps
@@ -38,6 +40,10 @@ class Evaluate:
         for name, columns in found.files.items():
             self.write_examples(info.step, columns, name)
         self.write(info.step, found.metrics)
+        if found.texts:
+            self.write_texts(info.step, found.texts)
+        for line in found.shown:
+            self.say(line)
         standing, nll = self.standing, found.metrics["eval/nll"]
         now = {"step": info.step, "eval/nll": nll}
         standing.first, standing.last = standing.first or now, now
@@ -47,7 +53,9 @@ class Evaluate:
             best = standing.best = now
             self.keep_best(info.state)
         shown = "  ".join(
-            f"{name.removeprefix('eval/')} {value:.4g}" for name, value in found.metrics.items()
+            f"{name.removeprefix('eval/')} {value:.4g}"
+            for name, value in found.metrics.items()
+            if name.startswith(("eval/", "train_eval/"))  # groups are in the curves
         )
         compared = "not finite"
         if best is not None:
