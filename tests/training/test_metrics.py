@@ -52,7 +52,7 @@ def test_overlap_is_what_the_libraries_say():
     assert found["rouge_l"] == pytest.approx(sum(scores) / 4, rel=1e-12)
     assert found["bleu"] == sacrebleu.BLEU().corpus_score(TEXTS, [REFERENCES]).score
     assert found["chrf"] == sacrebleu.CHRF().corpus_score(TEXTS, [REFERENCES]).score
-    assert 0.5 < found["rouge_l"] < 1
+    assert 0.3 < found["rouge_l"] < 0.9
     assert 20 < found["bleu"] < 90
     assert 20 < found["chrf"] < 90
 
@@ -99,13 +99,14 @@ def test_lengths_and_ends():
     assert ANSWER_METRICS["ended"](answered()) == 0.75
 
 
+LESS = {"nll", "perplexity", "entropy", "ece", "answer_tokens"}
+
+
 @pytest.mark.parametrize(
-    ("name", "less_is_better"),
-    [*dict.fromkeys(("nll", "perplexity", "entropy", "ece", "answer_tokens"), True).items(),
-     *dict.fromkeys(("token_accuracy", "top5_accuracy", "exact_match", "rouge_l", "bleu", "chrf", "ended"), False).items(),
-     ("eval_by_turn/later/ece", True), ("eval_by_source/x/top5_accuracy", False)],
-)  # fmt: skip
-def test_which_is_better(name, less_is_better):
-    assert better(name)(1.0, 2.0) is less_is_better
-    assert better(name)(2.0, 1.0) is not less_is_better
+    "name", [*METRICS, *ANSWER_METRICS, "eval_by_turn/later/ece", "eval_by_source/x/chrf"]
+)
+def test_which_is_better(name):
+    less = name.rpartition("/")[2] in LESS
+    assert better(name)(1.0, 2.0) is less
+    assert better(name)(2.0, 1.0) is not less
     assert not better(name)(math.nan, 1.0)
