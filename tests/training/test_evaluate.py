@@ -49,7 +49,11 @@ def decided():
     adapter as the decoder reads it).
     """
     decoder, base, adapter = tiny_model()
-    return decoder, {**base, "unembed": jax.tree.map(lambda x: 6 * x, base["unembed"])}, lora.scale(adapter, 2.0)
+    return (
+        decoder,
+        {**base, "lm_head": jax.tree.map(lambda x: 6 * x, base["lm_head"])},
+        lora.scale(adapter, 2.0),
+    )
 
 
 @functools.cache
