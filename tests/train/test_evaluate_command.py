@@ -78,6 +78,40 @@ def test_the_rows_that_a_run_held_out(run, scored):
     assert data["trained_tokens"] == found["trained_tokens"]
 
 
+def test_the_slice_of_the_training_data(run, project, scored, tmp_path):
+    """As many examples as are held out, drawn by the seed, with the losses that all of data.train has there."""
+    workdir, out = run("plain"), tmp_path / "losses.jsonl"
+    scored("--run", workdir, "--step", "last", "--data", project.folder / "train.jsonl", "--out", out)
+    everything = {row["example"]: row for row in map(json.loads, out.read_text().splitlines())}
+    found = [json.loads(row) for row in (workdir / "eval/train_eval-00000008.jsonl").read_text().splitlines()]
+    assert len(found) == 20
+    assert [row["example"] for row in found] != list(range(20))
+    for row in found:
+        assert row == {
+            **everything[row["example"]],
+            "nll": pytest.approx(everything[row["example"]]["nll"], rel=1e-5),
+        }
+    total = sum(row["nll"] * row["tokens"] for row in found) / sum(row["tokens"] for row in found)
+    assert in_training(workdir, 8)["train_eval/nll"] == pytest.approx(total, rel=1e-12)
+
+
+def test_metrics_of_answers_need_answers(run, project, scored, call):
+    arguments = [
+        "--run",
+        str(run("plain")),
+        "--data",
+        str(project.folder / "eval.jsonl"),
+        "--metrics",
+        "chrf",
+    ]
+    refused = call(arguments, evaluate)
+    assert refused.code == 2
+    assert refused.err.endswith(
+        "error: --metrics chrf: of answers, and none are generated; give --generate 64, say.\n"
+    )
+    assert list(metrics(scored(*arguments, "--generate", 2))) == ["eval/chrf"]
+
+
 def test_variants(run, scored):
     workdir = run("variants")
     for step in ("last", "3"):

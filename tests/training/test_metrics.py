@@ -1,11 +1,13 @@
 """Metrics from totals and from answers: by hand, and by the libraries called directly."""
 
 import math
+import re
 
 import pytest
 import sacrebleu
 from rouge_score import rouge_scorer
 
+from jaxlora.training import metrics
 from jaxlora.training.metrics import ANSWER_METRICS, METRICS, Answered, Totals, better
 
 
@@ -110,3 +112,16 @@ def test_which_is_better(name):
     assert better(name)(1.0, 2.0) is less
     assert better(name)(2.0, 1.0) is not less
     assert not better(name)(math.nan, 1.0)
+
+
+def test_the_examples_in_the_docs_work(repository, monkeypatch):
+    """As if they stood at the end of metrics.py."""
+    monkeypatch.setattr(metrics, "METRICS", dict(METRICS))
+    monkeypatch.setattr(metrics, "ANSWER_METRICS", dict(ANSWER_METRICS))
+    text = (repository / "docs/evaluation.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for example in (first, second):
+        exec(example, vars(metrics) | {"__name__": metrics.__name__})
+    assert metrics.METRICS["bits"](Totals(6.0, 3.0, 4.0)) == pytest.approx(1.5 / math.log(2))
+    assert metrics.ANSWER_METRICS["first_word"](answered()) == 0.25
+    assert "bits" not in METRICS
