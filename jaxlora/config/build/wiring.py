@@ -163,7 +163,7 @@ def evaluator(
             given = answers.answer(lora, base, stage)
         with progress.stage("scoring the answers"):
             found |= scores(given, metrics, config.eval.answer_pattern)
-        return Found(found, files | {"answers": columns(given)}, {"answers": markdown(given)}, lines(given))
+        return Found(found, files | {"answers": columns(given)}, {"eval/answers": markdown(given)}, lines(given))
 
     return run
 
