@@ -92,6 +92,7 @@ def _fine_tune(
     with progress.stage("reading the data") as stage:
         data = inputs.data(config, inputs.encoder(model, config.data.train_on), progress.say, stage)
     total = inputs.total_steps(config, data.train)
+    wiring.check_names(config, data)
     answers = wiring.answers(config, model, data, progress.say)
     facts = wiring.facts(config, model, data)
     if run:

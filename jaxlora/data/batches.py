@@ -105,14 +105,19 @@ class Examples:
 
     def first(self, count: int) -> "Examples":
         """The first `count` examples (all where there are no more); the other counts stay."""
-        count = min(count, len(self))
-        end = self.offsets[count]
+        return self.select(np.arange(min(count, len(self))))
+
+    def select(self, chosen: np.ndarray) -> "Examples":
+        """The examples of these numbers, in this order; the other counts stay."""
+        lengths = np.diff(self.offsets)[chosen]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        kept = np.repeat(self.offsets[chosen] - offsets[:-1], lengths) + np.arange(offsets[-1])
         return replace(
             self,
-            ids=self.ids[:end],
-            trained=self.trained[:end],
-            offsets=self.offsets[: count + 1],
-            source_rows=self.source_rows[:count],
+            ids=self.ids[kept],
+            trained=self.trained[kept],
+            offsets=offsets,
+            source_rows=self.source_rows[chosen],
         )
 
 

@@ -121,6 +121,26 @@ class Source:
         digest = hashlib.sha256(self.fingerprint.encode() + chosen.tobytes()).hexdigest()[:32]
         return replace(self, index=self.index[chosen], fingerprint=digest)
 
+    def part_of(self, rows: np.ndarray) -> np.ndarray:
+        """For each of these conversations, which of `parts` it comes from."""
+        ends = np.cumsum([len(part.rows) for part in self.parts])
+        return np.searchsorted(ends, self.index[rows], side="right")
+
+    @property
+    def part_names(self) -> list[str]:
+        """A short name for each part, all different: a file's stem ("data/stories.jsonl": "stories"), a hub id without
+        its owner; where two are the same, with the folder or owner before it, and a number at last.
+        """
+        stems = [re.sub(rf"({'|'.join(READERS)})$", "", part.name.replace(":", "-")) for part in self.parts]
+        words = [re.findall(r"[\w.-]*\w[\w.-]*", stem) or ["source"] for stem in stems]
+        names = [word[-1] for word in words]
+        for i, word in enumerate(words):
+            if sum(word[-1] == other[-1] for other in words) > 1:
+                names[i] = "-".join(word[-2:])
+        for i, name in enumerate(names):
+            names[i] = name if name not in names[:i] else f"{name}-{i + 1}"
+        return names
+
     def _by_part(self, start: int, stop: int) -> Iterator[tuple[Part, list[int]]]:
         """Runs of neighbouring conversations that come from the same part, as (part, its row numbers from 0)."""
         if not 0 <= start < stop <= len(self):

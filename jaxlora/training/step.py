@@ -12,7 +12,7 @@ from jaxlora.core.prng import named
 from jaxlora.lora import variants
 from jaxlora.models.decoder import Decoder, unembedding
 from jaxlora.training import spikes
-from jaxlora.training.losses import TokenLosses, cross_entropy
+from jaxlora.training.losses import TokenMetrics, cross_entropy, token_metrics
 from jaxlora.training.optimizer import learning_rate, optimizer
 from jaxlora.training.state import TrainState
 
@@ -143,17 +143,16 @@ def make_train_step(decoder: Decoder, dropout: bool = False) -> Callable[..., tu
     return step
 
 
-def make_eval_step(decoder: Decoder) -> Callable[..., TokenLosses]:
-    """Builds `evaluate(lora, base, batch) -> TokenLosses`: each token's losses, without a gradient.
+def make_eval_step(decoder: Decoder) -> Callable[..., TokenMetrics]:
+    """Builds `evaluate(lora, base, batch) -> TokenMetrics`: what all metrics are made of, by token, without a gradient.
 
     `lora` is the adapter as the decoder reads it, from `lora.variants.effective`; {} for the bare base.
     """
 
-    def evaluate(lora: Mapping[str, Any], base: Mapping[str, Any], batch: Batch) -> TokenLosses:
+    def evaluate(lora: Mapping[str, Any], base: Mapping[str, Any], batch: Batch) -> TokenMetrics:
         hidden: Any = decoder.apply(
             {"params": base, "lora": lora}, batch["tokens"], batch["positions"], batch["segments"]
         )
-        _, losses = cross_entropy(hidden, unembedding(base), batch["targets"], batch["weights"])
-        return losses
+        return token_metrics(hidden, unembedding(base), batch["targets"], batch["weights"])
 
     return evaluate

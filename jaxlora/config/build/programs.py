@@ -32,7 +32,7 @@ class Programs:
     Attributes:
         train: `step(state, base, batch) -> (state, sums)`; the state is donated.
         effective: `(state, base) -> lora`, the adapter as the decoder reads it.
-        evaluate: `(lora, base, batch) -> TokenLosses`.
+        evaluate: `(lora, base, batch) -> TokenMetrics`.
     """
 
     train: Callable[..., Any]
@@ -206,7 +206,7 @@ def compile_programs(config: Config, model: Model, like: TrainState) -> Programs
 def compile_evaluation(
     config: Config, model: Model, loras: Sequence[Mapping[str, Any]]
 ) -> list[Callable[..., Any]]:
-    """Compiles `(lora, base, batch) -> TokenLosses` for adapters of each of these forms, the program of a run.
+    """Compiles `(lora, base, batch) -> TokenMetrics` for adapters of each of these forms, the program of a run.
 
     Args:
         loras: adapters as the decoder reads them, or their placed shapes; {} for the bare base.
