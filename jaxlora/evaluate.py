@@ -14,13 +14,14 @@ from jaxlora.config.load import CommandParser
 from jaxlora.config.schema import Config, MeshConfig
 from jaxlora.core import cli
 from jaxlora.core.errors import InputError
-from jaxlora.training.metrics import METRICS
+from jaxlora.training.metrics import ANSWER_METRICS, METRICS
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help answers at once
     from jaxlora.config.build.evaluation import Scored
     from jaxlora.config.build.inputs import HeldOut, Model
 
 DEFAULT_MAX_LENGTH = 1024
+KNOWN = (*METRICS, *ANSWER_METRICS)
 OPTIONS = {
     "data.train and data.eval take": "--data takes",
     "data.eval": "--data",
@@ -84,8 +85,8 @@ def _parse(argv: Sequence[str]) -> Namespace:
         "--metrics",
         nargs="+",
         action=_Names,
-        default=tuple(METRICS),
-        help=f"some of {', '.join(METRICS)} (all)",
+        default=KNOWN,
+        help=f"some of {', '.join(METRICS)}, and of answers {', '.join(ANSWER_METRICS)} (all)",
     )
     parser.add_argument(
         "--generate", type=int, metavar="N", help="prompts to answer, greedily (the run's on its data, or 0)"
@@ -115,10 +116,10 @@ class _Names(Action):
 
     def __call__(self, parser: Any, namespace: Namespace, values: Any, option_string: str | None = None):
         names = tuple(dict.fromkeys(name for value in values for name in value.split(",") if name))
-        unknown = [name for name in names if name not in METRICS]
+        unknown = [name for name in names if name not in KNOWN]
         if unknown or not names:
             told = " ".join(unknown) or "names none"
-            raise InputError(f"--metrics {told}: the known ones are {', '.join(METRICS)}.")
+            raise InputError(f"--metrics {told}: the known ones are {', '.join(KNOWN)}.")
         setattr(namespace, self.dest, names)
 
 
@@ -208,6 +209,11 @@ def _evaluate(arguments: Namespace) -> int:
             config = replace(config, data=replace(config.data, max_length=min(DEFAULT_MAX_LENGTH, positions)))
         inputs.check_positions(config, positions)
         inputs.check_rows("eval.batch_size", config.eval.batch_size, mesh)
+        of_answers = [name for name in arguments.metrics if name in ANSWER_METRICS]
+        if arguments.metrics != KNOWN and of_answers and not config.eval.generate:
+            raise InputError(
+                f"--metrics {' '.join(of_answers)}: of answers, and none are generated; give --generate 64, say."
+            )
         read = load(chosen, model)
         if arguments.with_base and read is None:
             raise InputError("--with-base goes with an adapter: the bare base is scored as it is.")
@@ -224,7 +230,17 @@ def _evaluate(arguments: Namespace) -> int:
             fitted = memory.fit_evaluation(config, model, loras, answers, say)
         data = memory.with_eval_rows(data, fitted.eval_rows)
         scored = [
-            evaluation.score(step, model, data, base, lora, arguments.metrics, answers, progress)
+            evaluation.score(
+                step,
+                model,
+                data,
+                base,
+                lora,
+                arguments.metrics,
+                answers,
+                config.eval.answer_pattern,
+                progress,
+            )
             for step, answers, lora in zip(fitted.steps, fitted.answers, loras, strict=True)
         ]
         before = _in_training(chosen, config, data, say)
@@ -259,9 +275,7 @@ def _in_training(
         return {}
     for line in run.metrics():
         if line["step"] == chosen.step and "eval/nll" in line:
-            return {
-                name: line[f"eval/{name}"] for name in (*METRICS, "exact_match") if f"eval/{name}" in line
-            }
+            return {name: value for name, value in line.items() if name.startswith("eval")}
     return {}
 
 
@@ -277,7 +291,7 @@ def _print_json(chosen: Chosen, config: Config, data: "HeldOut", scored: Sequenc
     """One object; the metrics have the names of metrics.jsonl."""
     from jaxlora.runs.files import encode_json
 
-    examples, found = data.eval.examples, [_named(one.metrics) for one in scored]
+    examples, found = data.eval.examples, [one.metrics for one in scored]
     told = {
         "model": chosen.model,
         "revision": chosen.revision,
@@ -301,10 +315,6 @@ def _print_json(chosen: Chosen, config: Config, data: "HeldOut", scored: Sequenc
     }
     sys.stdout.write(encode_json(told).decode())
     sys.stdout.flush()
-
-
-def _named(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {f"eval/{name}": value for name, value in metrics.items()}
 
 
 def _print_table(
@@ -336,7 +346,10 @@ def _print_table(
     columns = {"with adapter" if chosen.folder or chosen.run else "bare base": scored[0].metrics}
     columns |= {"bare base": scored[1].metrics} if len(scored) > 1 else {}
     columns |= {"in training": before} if before else {}
-    rows = [(name, *(_number(column.get(name)) for column in columns.values())) for name in scored[0].metrics]
+    rows = [
+        (name.removeprefix("eval/"), *(_number(column.get(name)) for column in columns.values()))
+        for name in scored[0].metrics
+    ]
     with Progress(output=sys.stdout) as out:
         out.table("what was scored", facts)
         out.table("what came of it", rows, header=("", *columns))

@@ -15,6 +15,7 @@ from jaxlora.core.errors import InputError
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help answers at once
     from jaxlora.config.build.inputs import Data, Model
     from jaxlora.lora.spec import LoraSpec
+    from jaxlora.runs.checkpoints import Checkpoints
     from jaxlora.runs.directory import RunDirectory
     from jaxlora.runs.progress import Progress
     from jaxlora.training.state import TrainState
@@ -73,7 +74,8 @@ def _fine_tune(
     with progress.stage("starting JAX"):
         import jax
 
-        from jaxlora.config.build import inputs, memory, programs, wiring
+        from jaxlora.config.build import guarding, inputs, memory, programs, wiring
+        from jaxlora.parallel import processes
         from jaxlora.runs.checkpoints import Checkpoints
         from jaxlora.runs.directory import RunDirectory
         from jaxlora.runs.writers import Writers
@@ -81,6 +83,7 @@ def _fine_tune(
         from jaxlora.training.loop import Program, train
         from jaxlora.training.recording import Recorder
 
+        notify = processes.join(progress.say)
         jax.devices()
 
     # ---- what is wrong with the input shows here, before there is a folder or a long wait
@@ -89,6 +92,7 @@ def _fine_tune(
     with progress.stage("reading the data") as stage:
         data = inputs.data(config, inputs.encoder(model, config.data.train_on), progress.say, stage)
     total = inputs.total_steps(config, data.train)
+    wiring.check_names(config, data)
     answers = wiring.answers(config, model, data, progress.say)
     facts = wiring.facts(config, model, data)
     if run:
@@ -116,7 +120,7 @@ def _fine_tune(
                 progress.say(line)
             if restored:
                 state, standing = restored.state, Standing.from_json(restored.host)
-            run.truncate(restored.step if restored else -1)
+            run.truncate(restored.step if restored else -1, standing.excluded)
             checkpoints.truncate(restored.step if restored else 0)
             progress.say(
                 f"going on after step {restored.step}"
@@ -134,8 +138,12 @@ def _fine_tune(
         evaluator = wiring.evaluator(fitted.config, model, data, compiled, base, answers, progress)
         events = wiring.events(config, data, total, evaluator, recorder, progress)
         put = programs.put_batch(model, config.train.batch_size // config.train.micro_batch_size)
-        with _leaving_on_request(progress) as asked:
-            program = Program(compiled.train, base, lambda step: put(data.train.batch(step)), total, asked)
+        batch = guarding.batches(data, put, standing)
+        rollback = guarding.rollback(
+            config, recorder, lambda: programs.first_state(config, model, total, base, given), progress.begin
+        )
+        with _leaving_on_request(progress, notify, checkpoints, int(state.step)) as asked:
+            program = Program(compiled.train, base, batch, total, rollback, asked)
             progress.begin(int(state.step))
             try:
                 state, end = train(program, state, standing, events)
@@ -168,8 +176,18 @@ def _check_same_data(run: "RunDirectory", data: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _leaving_on_request(progress: "Progress") -> Iterator[Callable[[], bool]]:
-    """While open, SIGTERM and SIGINT ask the run to save and end; a second one ends it at once."""
+def _leaving_on_request(
+    progress: "Progress", notify: Callable[[], None] | None, checkpoints: "Checkpoints", first: int
+) -> Iterator[Callable[[int], bool]]:
+    """While open, SIGTERM and SIGINT ask the run to save and end; a second one ends it at once.
+
+    Args:
+        notify: of `processes.join`: where several processes may train together, a request goes out to all of them, and
+            Orbax says after which step all leave.
+        first: the step the loop begins after.
+    Returns:
+        Takes the number of each step; whether to leave after it.
+    """
     received: list[int] = []
 
     def ask(number: int, _frame: Any) -> None:
@@ -180,10 +198,16 @@ def _leaving_on_request(progress: "Progress") -> Iterator[Callable[[], bool]]:
         progress.say(
             f"{signal.Signals(number).name}: saving after this step and leaving (once more: at once)"
         )
+        if notify:
+            notify()
 
+    if notify:
+        checkpoints.reached_preemption(
+            first
+        )  # the step to leave after is counted from the last one asked about
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: bool(received)
+        yield checkpoints.reached_preemption if notify else lambda _: bool(received)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -23,6 +23,7 @@ DIMENSIONS = {
     "S": "keys attended to (T, or the cache's length)",
     "T": "time (positions in a row)",
     "V": "vocabulary",
+    "W": "recent steps that a step is compared with",
     "h": "head dimension",
 }
 

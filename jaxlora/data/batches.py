@@ -105,14 +105,19 @@ class Examples:
 
     def first(self, count: int) -> "Examples":
         """The first `count` examples (all where there are no more); the other counts stay."""
-        count = min(count, len(self))
-        end = self.offsets[count]
+        return self.select(np.arange(min(count, len(self))))
+
+    def select(self, chosen: np.ndarray) -> "Examples":
+        """The examples of these numbers, in this order; the other counts stay."""
+        lengths = np.diff(self.offsets)[chosen]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        kept = np.repeat(self.offsets[chosen] - offsets[:-1], lengths) + np.arange(offsets[-1])
         return replace(
             self,
-            ids=self.ids[:end],
-            trained=self.trained[:end],
-            offsets=self.offsets[: count + 1],
-            source_rows=self.source_rows[:count],
+            ids=self.ids[kept],
+            trained=self.trained[kept],
+            offsets=offsets,
+            source_rows=self.source_rows[chosen],
         )
 
 
@@ -337,14 +342,15 @@ class Batches(_Rows):
             tokens, targets, segments, positions int32 [B, T], weights float32 [B, T].
         """
         wanted = range(self.batch_size)[rows if rows is not None else slice(None)]
-        chosen = self._rows_of(step)
+        chosen = self.rows_in(step)
         return self._fill([chosen[b] if b < len(chosen) else () for b in wanted], len(wanted))
 
     def examples_in(self, step: int) -> list[int]:
         """The examples of a step's batch, row by row."""
-        return [e for row in self._rows_of(step) for e in row]
+        return [e for row in self.rows_in(step) for e in row]
 
-    def _rows_of(self, step: int) -> list[tuple[int, ...]]:
+    def rows_in(self, step: int) -> list[tuple[int, ...]]:
+        """Likewise, the examples of each row that is not empty."""
         if step < 1:
             raise ValueError(f"step {step}: steps count from 1")
         epoch, place = divmod(step - 1, self.steps_per_epoch)

@@ -107,14 +107,39 @@ class Source:
 
     def where(self, i: int) -> str:
         """Where conversation i stands, in a person's words: "data/train.jsonl, row 7" (rows count from 1)."""
+        name, row = self.place(i)
+        return f"{name}, row {row}"
+
+    def place(self, i: int) -> tuple[str, int]:
+        """The file or data set that conversation i stands in, and its row there, from 1."""
         ((part, rows),) = self._by_part(i, i + 1)
-        return f"{part.name}, row {rows[0] + 1}"
+        return part.name, rows[0] + 1
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "Source":
         """The source of these conversations only, in this order."""
         chosen = np.asarray(indices, np.int64)
         digest = hashlib.sha256(self.fingerprint.encode() + chosen.tobytes()).hexdigest()[:32]
         return replace(self, index=self.index[chosen], fingerprint=digest)
+
+    def part_of(self, rows: np.ndarray) -> np.ndarray:
+        """For each of these conversations, which of `parts` it comes from."""
+        ends = np.cumsum([len(part.rows) for part in self.parts])
+        return np.searchsorted(ends, self.index[rows], side="right")
+
+    @property
+    def part_names(self) -> list[str]:
+        """A short name for each part, all different: a file's stem ("data/stories.jsonl": "stories"), a hub id without
+        its owner; where two are the same, with the folder or owner before it, and a number at last.
+        """
+        stems = [re.sub(rf"({'|'.join(READERS)})$", "", part.name.replace(":", "-")) for part in self.parts]
+        words = [re.findall(r"[\w.-]*\w[\w.-]*", stem) or ["source"] for stem in stems]
+        names = [word[-1] for word in words]
+        for i, word in enumerate(words):
+            if sum(word[-1] == other[-1] for other in words) > 1:
+                names[i] = "-".join(word[-2:])
+        for i, name in enumerate(names):
+            names[i] = name if name not in names[:i] else f"{name}-{i + 1}"
+        return names
 
     def _by_part(self, start: int, stop: int) -> Iterator[tuple[Part, list[int]]]:
         """Runs of neighbouring conversations that come from the same part, as (part, its row numbers from 0)."""

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import gc
 import json
+import logging
 import os
 import re
 import shutil
@@ -167,6 +168,17 @@ class Checkpoints:
         found, self._problems = self._problems, []
         return found
 
+    def reached_preemption(self, step: int) -> bool:
+        """Whether all processes are to save after this step and leave, since one was told that its machine will go.
+
+        JAX carries the notice to all of them and agrees on a step later than any they are at, so it has to be asked
+        about every step, in order. Needs jax.distributed; False without.
+
+        Source: jax.experimental.multihost_utils.reached_preemption_sync_point.
+        """
+        manager = self._open()
+        return type(manager).reached_preemption(manager, step)
+
     def wait(self) -> None:
         """Waits for the save in progress, if any."""
         if self._pending is None:
@@ -218,6 +230,9 @@ class Checkpoints:
                     async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 ),
             )
+            # For its statistics Orbax asks again about the step just saved, from a thread and late: JAX would count
+            # from there, and agree on a step that has gone by.
+            self._manager.reached_preemption = lambda step: False
         return self._manager
 
     def _put_back(self) -> None:
@@ -298,11 +313,13 @@ def _quiet() -> None:
     """Keeps Orbax from telling on stderr what `problems` and `skipped` tell in a line.
 
     It logs each step of its work, and the tracebacks of failed ones, through absl. A failed read moreover leaves
-    others behind whose answers come when nobody waits any more, each with a traceback of its own.
+    others behind whose answers come when nobody waits any more, each with a traceback of its own: from a coroutine, or
+    as an error that asyncio logs for a future.
     """
-    from absl import logging
+    from absl import logging as absl_logging
 
-    logging.set_verbosity(logging.FATAL)
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").addFilter(lambda record: "tensorstore" not in record.getMessage())
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

@@ -4,6 +4,7 @@
     record.json    the run's state in a few fields, replaced whole at each change
     metrics.jsonl  one JSON object a line, in the order written
     eval/          per-example losses, a file an evaluation, one JSON object a line
+    spikes/        the rows of steps that were spikes or not finite, likewise, a file a step
     tensorboard/   checkpoints/   best/   last/      (written by others; named here)
 
 A process may be killed between any two instructions. Whole files are therefore written aside, synced and renamed;
@@ -16,7 +17,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,11 @@ class RunDirectory:
 
     @classmethod
     def _open_locked(cls, folder: Path, wanted: dict[str, Any], lock: int | None) -> "RunDirectory":
-        for leftover in (*folder.glob(f"*{ASIDE}"), *folder.glob(f"eval/*{ASIDE}")):
+        for leftover in (
+            *folder.glob(f"*{ASIDE}"),
+            *folder.glob(f"eval/*{ASIDE}"),
+            *folder.glob(f"spikes/*{ASIDE}"),
+        ):
             leftover.unlink()
         resumed = (folder / CONFIG).exists()
         if resumed:
@@ -159,6 +164,11 @@ class RunDirectory:
         return self.path / "eval"
 
     @property
+    def spikes(self) -> Path:
+        """The folder of the rows of spikes."""
+        return self.path / "spikes"
+
+    @property
     def record(self) -> dict[str, Any]:
         """A copy of what record.json says."""
         return json.loads(encode_json(self._record))
@@ -202,6 +212,12 @@ class RunDirectory:
         self._write(file, encode_rows(columns))
         return file
 
+    def write_spike(self, step: int, columns: Mapping[str, Sequence[Any]]) -> Path:
+        """Writes the rows of a step to spikes/spike-<step>.jsonl; columns and errors as for `write_evaluation`."""
+        file = self.spikes / f"spike-{int(step):08d}.jsonl"
+        self._write(file, encode_rows(columns))
+        return file
+
     def read_evaluation(self, step: int, name: str = "eval") -> dict[str, list[Any]]:
         """The columns that `write_evaluation` wrote, or is still to write.
 
@@ -214,8 +230,13 @@ class RunDirectory:
         names = dict.fromkeys(key for row in rows for key in row)
         return {key: [row.get(key) for row in rows] for key in names}
 
-    def truncate(self, after_step: int) -> None:
-        """Drops what was written about steps later than `after_step`, for a run that goes on from there."""
+    def truncate(self, after_step: int, spikes: Collection[int] = ()) -> None:
+        """Drops what was written about steps later than `after_step`, for a run that goes on from there.
+
+        Args:
+            after_step: the step.
+            spikes: steps whose rows stay in spikes/ all the same: they were gone back from, and won't come again.
+        """
         self.resumed_after = after_step
         file = self.path / METRICS
         if file.exists():
@@ -227,9 +248,10 @@ class RunDirectory:
                 os.truncate(file, len(kept))  # the usual case; works on a full disk too
             else:
                 replace(file, kept)
-        for file in self.evaluations.glob("*.jsonl"):
+        for file in (*self.evaluations.glob("*.jsonl"), *self.spikes.glob("*.jsonl")):
             step = re.fullmatch(r".*-(\d+)", file.stem)
-            if step and int(step[1]) > after_step:
+            kept = file.parent == self.spikes and step and int(step[1]) in spikes
+            if step and int(step[1]) > after_step and not kept:
                 file.unlink()
 
     def problems(self) -> list[str]:

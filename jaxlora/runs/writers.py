@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxlora.runs.directory import RunDirectory
 
@@ -36,6 +36,7 @@ class Writers:
         self._thread: threading.Thread | None = None
         self._closed = False
         self._problems: list[str] = []
+        self._hparams: _Call | None = None
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line to metrics.jsonl, and its numbers to TensorBoard.
@@ -51,13 +52,18 @@ class Writers:
     def hparams(self, config: Mapping[str, Any]) -> None:
         """Shows the config in TensorBoard's HParams tab, keys joined by dots; lists and None as text."""
         flat = dict(_flat(config))
-        self._queue.put(
-            lambda writer: writer.write_hparams(flat)
-        )  # no number yet: not worth starting the thread
+        self._hparams = lambda writer: writer.write_hparams(flat)
+        self._queue.put(self._hparams)  # no number yet: not worth starting the thread
 
     def texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Shows texts (Markdown) in TensorBoard."""
         self._put(lambda writer: writer.write_texts(int(step), texts))
+
+    def forget(self, after_step: int) -> None:
+        """Has TensorBoard forget the later steps, for a run that goes back there; metrics.jsonl is not touched."""
+        self._put(lambda _: _Reopen(after_step))
+        if self._hparams is not None:
+            self._put(self._hparams)
 
     def flush(self) -> None:
         """Waits until TensorBoard's files hold all that was written so far."""
@@ -90,11 +96,13 @@ class Writers:
     def _put(self, call: _Call | None) -> None:
         self._queue.put(call)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="tensorboard")
+            self._thread = threading.Thread(
+                target=self._work, args=(self._run.resumed_after,), name="tensorboard"
+            )
             self._thread.start()
 
-    def _work(self) -> None:
-        writer = self._guarded(lambda _: _open(self._run), None) or _Nowhere()
+    def _work(self, resumed_after: int | None) -> None:
+        writer = self._opened(resumed_after)
         # Not a daemon, which would be torn out of TensorFlow at exit; so it watches for the end of the program itself.
         while threading.main_thread().is_alive() or not self._queue.empty():
             try:
@@ -103,10 +111,17 @@ class Writers:
                 continue
             if call is None:
                 break
-            self._guarded(call, writer)
+            outcome = self._guarded(call, writer)
+            if isinstance(outcome, _Reopen):
+                # Files are read in the order of their names, and a file that was left is not looked at again.
+                self._guarded(lambda writer: writer.close(), writer)
+                writer = self._opened(outcome.after_step)
             if self._queue.empty():
                 self._guarded(lambda writer: writer.flush(), writer)
         self._guarded(lambda writer: writer.close(), writer)
+
+    def _opened(self, after_step: int | None) -> Any:
+        return self._guarded(lambda _: _open(self._run, after_step), None) or _Nowhere()
 
     def _guarded(self, call: _Call, writer: Any) -> Any:
         try:
@@ -118,6 +133,12 @@ class Writers:
             return None
 
 
+class _Reopen(NamedTuple):
+    """What a call returns to go on in new files, which tell TensorBoard to forget the steps after this one."""
+
+    after_step: int
+
+
 class _Nowhere:
     """Stands in for the writer that could not be opened; that it could not is told once."""
 
@@ -125,7 +146,7 @@ class _Nowhere:
         return lambda *_: None
 
 
-def _open(run: RunDirectory) -> Any:
+def _open(run: RunDirectory, after_step: int | None) -> Any:
     import tensorflow as tf
     from clu import metric_writers
 
@@ -133,11 +154,11 @@ def _open(run: RunDirectory) -> Any:
         tf.config.set_visible_devices(
             [], kind
         )  # before TensorFlow's first operation would claim them from JAX
-    _mark_session(run)
+    _mark_session(run, after_step or 0)
     return metric_writers.SummaryWriter(os.fspath(run.tensorboard))
 
 
-def _mark_session(run: RunDirectory) -> None:
+def _mark_session(run: RunDirectory, after_step: int) -> None:
     """Marks a new session: at every mark but the first, TensorBoard forgets the steps from there on.
 
     So the curves of a run that was killed, and repeats some steps, show each step once.
@@ -153,7 +174,7 @@ def _mark_session(run: RunDirectory) -> None:
     writer = EventFileWriter(os.fspath(run.tensorboard))
     protos: Any = event_pb2  # made at run time, so that type checkers see nothing in it
     start = protos.SessionLog(status=protos.SessionLog.START)
-    writer.add_event(protos.Event(step=(run.resumed_after or 0) + 1, session_log=start))
+    writer.add_event(protos.Event(step=after_step + 1, session_log=start))
     writer.close()
 
 

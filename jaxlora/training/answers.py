@@ -1,4 +1,4 @@
-"""Held-out prompts answered during training, and how many of the answers are right word for word."""
+"""Held-out prompts answered during training, and what is told of the answers."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +17,7 @@ from jaxlora.data.rows import Conversation, Message
 from jaxlora.models.decoder import Decoder
 from jaxlora.models.decoding import Sampling, answer_batch, bucket, left_pad
 from jaxlora.parallel.sharding import batch_sharding, cache_sharding
+from jaxlora.training.metrics import ANSWER_METRICS, Answered
 
 
 class Answer(NamedTuple):
@@ -167,9 +168,43 @@ class Answers:
         return jax.device_put(values, NamedSharding(self._mesh, PartitionSpec()))
 
 
-def exact_match(answers: Sequence[Answer]) -> float:
-    """The share of answers that equal their reference."""
-    return sum(answer.exact for answer in answers) / len(answers)
+def scores(answers: Sequence[Answer], metrics: Sequence[str], pattern: str) -> dict[str, float]:
+    """Those of the metrics that are of answers, by the name they are logged under; what says nothing is left out.
+
+    Args:
+        pattern: `eval.answer_pattern`.
+    """
+    found = {name: tuple(column) for name, column in columns(answers).items()}
+    answered = Answered(found["reference"], found["text"], found["tokens"], found["ended"], pattern)
+    values = {name: ANSWER_METRICS[name](answered) for name in metrics if name in ANSWER_METRICS}
+    return {f"eval/{name}": value for name, value in values.items() if value is not None}
+
+
+def columns(answers: Sequence[Answer]) -> dict[str, list[Any]]:
+    """The answers column by column, as a file of eval/ has them."""
+    return {name: [getattr(answer, name) for answer in answers] for name in Answer._fields}
+
+
+def markdown(answers: Sequence[Answer], count: int = 4) -> str:
+    """The first few answers as Markdown: the texts are code, so that nothing in them is taken for markup."""
+    blocks = []
+    for answer in answers[:count]:
+        for label in ("prompt", "text", "reference"):
+            indented = "\n".join(f"    {line}" for line in getattr(answer, label).split("\n"))
+            blocks.append(f"**{'answer' if label == 'text' else label}**\n\n{indented}")
+    return "\n\n".join(blocks)
+
+
+def lines(answers: Sequence[Answer], count: int = 2) -> tuple[str, ...]:
+    """The first few answers, a line each."""
+
+    def quoted(text: str, most: int = 60) -> str:
+        flat = " ".join(text.split())
+        return f'"{flat if len(flat) <= most else flat[: most - 1] + "…"}"'
+
+    return tuple(
+        f"  {quoted(a.prompt)} -> {quoted(a.text)} (expected {quoted(a.reference)})" for a in answers[:count]
+    )
 
 
 def _split(conversation: Conversation) -> tuple[list[Message], str]:

@@ -1,7 +1,7 @@
 """What happens around the steps, in the order in which it happens: guard, log, evaluate, stop, save.
 
-Every event is called with a frozen `StepInfo`, and may return `Stop`. None of them sees the loop. What has to survive
-a kill (the best so far, the patience spent) is in `Standing`, which goes into every checkpoint.
+Every event is called with a frozen `StepInfo`, and may return `Stop` or `Rollback`. None of them sees the loop. What
+has to survive a kill (the best so far, the patience spent) is in `Standing`, which goes into every checkpoint.
 """
 
 import dataclasses
@@ -18,7 +18,8 @@ class StepInfo:
     Attributes:
         step: the step's number, from 1 (0: before the first).
         total_steps: the run's last step.
-        sums: the step's `StepSums` as floats; empty at step 0.
+        sums: the scalars of the step's `StepSums`, as floats; empty at step 0.
+        rows_nll: its `rows_nll`, still on the device.
         tokens_per_second: tokens that are not padding over the time since the step before; 0 at first.
         state: the state after the step; only for events that run at milestones, where it is the newest.
         leaving: the run ends after this step, by its own end or on request.
@@ -30,6 +31,7 @@ class StepInfo:
     tokens_per_second: float = 0.0
     state: TrainState | None = None
     leaving: bool = False
+    rows_nll: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Standing:
         rollbacks: how often the run went back: {"step", "to", "learning_rate"} of each.
         excluded: steps whose rows are not trained on any more.
         good: the newest step that was saved by the calendar, to roll back to; 0 is the start.
+        held: steps whose checkpoints a rollback may need: `good`, the one before it, and the best of that time.
+        diverged: the step at which the loss had stayed far above where it began; None before.
         tokens: tokens trained on (with loss) so far.
         seconds: time spent, over all starts of the run.
     """
@@ -94,6 +98,8 @@ class Standing:
     rollbacks: list[dict[str, float]] = dataclasses.field(default_factory=list)
     excluded: list[int] = dataclasses.field(default_factory=list)
     good: int = 0
+    held: list[int] = dataclasses.field(default_factory=list)
+    diverged: int | None = None
     tokens: int = 0
     seconds: float = 0.0
 
@@ -122,6 +128,10 @@ class Log:
     def __call__(self, info: StepInfo) -> None:
         self.tick(info.step)
         if info.step % self.every and info.step not in (1, info.total_steps):
+            return
+        if not info.sums[
+            "weight"
+        ]:  # its rows are not trained on any more: it has no loss, least of all one of 0
             return
         sums = info.sums
         weight = max(sums["weight"], 1.0)
@@ -156,5 +166,10 @@ class Save:
 
     def __call__(self, info: StepInfo) -> None:
         among_best = any(best["step"] == info.step for best in self.standing.bests)
-        if info.state is not None and (info.step % self.every == 0 or among_best or info.leaving):
+        calendar = info.step % self.every == 0
+        if info.state is not None and (calendar or among_best or info.leaving):
+            if calendar:
+                self.standing.good = info.step
+                steps = [info.step - self.every, *(one["step"] for one in self.standing.bests)]
+                self.standing.held = sorted({info.step, *(int(step) for step in steps if step > 0)})
             self.save(info.step, info.state)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxlora.training.events import Log, Save, Standing, StepInfo, Stop
+from jaxlora.training.events import Log, Rollback, Save, Standing, StepInfo, Stop
 from jaxlora.training.guard import Guard
 from jaxlora.training.state import TrainState
 from jaxlora.training.stopping import EarlyStop, Evaluate
@@ -34,14 +34,17 @@ class Program:
         base: frozen parameters.
         batch: step number -> its batch on the devices.
         total_steps: the last step.
-        asked_to_leave: whether someone asked the run to save and end.
+        rollback: carries a rollback out: (verdict, any state of the run) -> the state to go on from.
+        asked_to_leave: takes the number of the step just made, at every step; whether someone asked the run to save
+            and end.
     """
 
     step: Callable[[TrainState, Any, Mapping[str, Any]], tuple[TrainState, Any]]
     base: Any
     batch: Callable[[int], Mapping[str, Any]]
     total_steps: int
-    asked_to_leave: Callable[[], bool] = lambda: False
+    rollback: Callable[[Rollback, TrainState], TrainState]
+    asked_to_leave: Callable[[int], bool] = lambda step: False
 
 
 def train(program: Program, state: TrainState, standing: Standing, events: Events) -> tuple[TrainState, Stop]:
@@ -58,37 +61,45 @@ def train(program: Program, state: TrainState, standing: Standing, events: Event
     Returns:
         The last state, and why the loop ended: status "finished", "stopped_early", "diverged" or "preempted".
     """
-    total, first = program.total_steps, int(state.step)
+    total, step = program.total_steps, int(state.step)
     unseen: collections.deque[tuple[int, Any]] = collections.deque()
     clock: float | None = None  # when the step before was seen; None after anything but a step
 
-    if first == 0:
-        start = StepInfo(0, total, {}, state=state)
-        events.evaluate(start)
-        events.stop(start)
-        events.save(start)
-
-    batch: Any = program.batch(first + 1) if first < total else None
-    for step in range(first + 1, total + 1):
+    if step == 0:
+        _start(events, state, total)
+    batch: Any = program.batch(step + 1) if step < total else None
+    while step < total:
         # ---- the step, and the next batch while it runs
+        step += 1
         clock = clock or time.monotonic()
         state, sums = program.step(state, program.base, batch)
         unseen.append((step, sums))
         batch = program.batch(step + 1) if step < total else None
 
         # ---- guard and log: every step, one behind unless this one is a milestone
-        leaving = step == total or program.asked_to_leave()
+        leaving = step == total or program.asked_to_leave(step)
         milestone = leaving or events.evaluate.due(StepInfo(step, total, {})) or step % events.save.every == 0
-        verdict: Stop | None = None
+        verdict: Stop | Rollback | None = None
         while len(unseen) > (0 if milestone else 1) and verdict is None:
             number, device_sums = unseen.popleft()
-            host = {name: float(value) for name, value in jax.device_get(device_sums)._asdict().items()}
+            scalars = jax.device_get(device_sums._replace(rows_nll=0.0))
+            host = {name: float(value) for name, value in scalars._asdict().items()}
             now = time.monotonic()
             speed, clock = host["tokens"] / max(now - clock, 1e-9), now
             standing.tokens += int(host["weight"])
-            info = StepInfo(number, total, host, speed)
+            info = StepInfo(number, total, host, speed, rows_nll=device_sums.rows_nll)
             verdict = events.guard(info)
             events.log(info)
+
+        # ---- back to an earlier state; what the device has done since is of no use
+        if isinstance(verdict, Rollback):
+            unseen.clear()
+            state, clock = program.rollback(verdict, state), None
+            step = int(state.step)
+            if step == 0:
+                _start(events, state, total)
+            batch = program.batch(step + 1)
+            continue
 
         # ---- evaluate, stop, save
         if milestone or verdict:
@@ -105,3 +116,11 @@ def train(program: Program, state: TrainState, standing: Standing, events: Event
         if leaving and step < total:
             return state, Stop("preempted", f"asked to leave at step {step}")
     return state, Stop("finished", f"all {total} steps done")
+
+
+def _start(events: Events, state: TrainState, total: int) -> None:
+    """What happens before the first step."""
+    start = StepInfo(0, total, {}, state=state)
+    events.evaluate(start)
+    events.stop(start)
+    events.save(start)

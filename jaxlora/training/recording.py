@@ -2,8 +2,12 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
 
 from jaxlora.lora.peft import save_peft
 from jaxlora.lora.spec import LoraSpec
@@ -37,6 +41,7 @@ class Recorder:
     facts: Mapping[str, Any]
     say: Callable[[str], None]
     began: float = dataclasses.field(default_factory=time.monotonic)
+    _unwritten: dict[Path, tuple[dict[str, Any], LoraSpec]] = dataclasses.field(default_factory=dict)
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl, and TensorBoard's."""
@@ -57,6 +62,10 @@ class Recorder:
         """Texts (Markdown) for TensorBoard."""
         self.writers.texts(step, texts)
 
+    def rows(self, step: int, columns: Mapping[str, Sequence[Any]]) -> str:
+        """A file of spikes/; its name."""
+        return f"{self.run.spikes.name}/{self.run.write_spike(step, columns).name}"
+
     def best(self, state: TrainState) -> None:
         """The state's adapter becomes best/."""
         self._adapter(self.run.best, state)
@@ -74,9 +83,9 @@ class Recorder:
         self.standing.seconds += now - self.began
         self.began = now
         if step > 0:
-            kept = {int(best["step"]) for best in self.standing.bests} | {self.standing.good}
+            kept = {int(best["step"]) for best in self.standing.bests} | {*self.standing.held}
             self.checkpoints.save(step, state, self.standing.to_json(), kept)
-        self.last(state)
+        self.last(state)  # and best/, if that waits
         self.record("running", None, step)
 
     def record(self, status: str, reason: str | None, step: int | None = None) -> None:
@@ -87,6 +96,8 @@ class Recorder:
             reason: one line, or None while running.
             step: optimiser steps done; None leaves what the record says.
         """
+        if status != "running":
+            self._write_adapters()
         standing = self.standing
         steps = {} if step is None else {"steps": step}
         self.run.update_record(
@@ -102,6 +113,8 @@ class Recorder:
             tokens=standing.tokens,
             seconds=round(standing.seconds, 1),
             skipped_updates=standing.skipped,
+            spikes=standing.spikes,
+            rollbacks=standing.rollbacks,
             **self.facts,
         )
         self.tell_problems()
@@ -111,12 +124,23 @@ class Recorder:
         for line in (*self.checkpoints.problems(), *self.run.problems(), *self.writers.problems()):
             self.say(line)
 
-    def _adapter(self, folder: Any, state: TrainState) -> None:
-        try:
-            save_peft(
-                folder, *ordinary(state.adapter, self.spec, state.anchor), self.base.name, self.base.revision
-            )
-        except OSError as error:  # a full disk must not end the run; the next save tries again
-            self.say(
-                f"{folder} could not be written ({error.strerror or error}); what was there before stays"
-            )
+    def _adapter(self, folder: Path, state: TrainState) -> None:
+        self._unwritten[folder] = ordinary(state.adapter, self.spec, state.anchor)
+        self._write_adapters()
+
+    def _write_adapters(self) -> None:
+        """Writes the adapters that wait: a new one, and what could not be written when it was new."""
+        for folder, adapter in list(self._unwritten.items()):
+            try:
+                save_peft(folder, *adapter, self.base.name, self.base.revision)
+            except OSError as error:  # a full disk must not end the run
+                pairs = jax.tree.map(
+                    lambda leaf: np.array(leaf, copy=True), adapter[0]
+                )  # the state's are donated
+                self._unwritten[folder] = (pairs, adapter[1])
+                self.say(
+                    f"{folder} could not be written ({error.strerror or error}); what was there before stays, and the "
+                    "next save tries again"
+                )
+            else:
+                del self._unwritten[folder]

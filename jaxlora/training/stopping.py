@@ -43,6 +43,7 @@ class Evaluate:
         write: takes (step, metrics); write_examples: takes (step, columns, name); say: takes a line.
         recall: what an earlier evaluation wrote.
         alarm: looks at each evaluation, and adds to its metrics.
+        write_texts: takes (step, texts for TensorBoard).
     """
 
     standing: Standing
@@ -58,6 +59,7 @@ class Evaluate:
     say: Callable[[str], None]
     recall: Recall
     alarm: "OverfitAlarm"
+    write_texts: Callable[[int, Mapping[str, str]], Any] = lambda step, texts: None
 
     def due(self, info: StepInfo) -> bool:
         return self.calendar.due(info.step, self.standing)
@@ -80,7 +82,11 @@ class Evaluate:
         if better:
             self.keep_best(info.state)
         self._plan(step)
+        if found.texts:
+            self.write_texts(step, found.texts)
         self.say(f"eval at step {step}: {_shown(found.metrics)}  ({self._compared(now, better)})")
+        for line in found.shown:
+            self.say(line)
 
     def _rank(self, now: dict[str, Any]) -> bool:
         """Puts the evaluation among the best few where it belongs; whether it is the best."""

@@ -253,6 +253,11 @@ def test_the_first_examples_only(source, chatml, tmp_path):
     assert len(few) == 3
     assert few[2].ids.tolist() == examples[2].ids.tolist()
     assert (few.tokens, len(examples.first(99))) == (examples.offsets[3], 8)
+    chosen = examples.select(np.array([6, 0, 5]))
+    assert chosen.source_rows.tolist() == examples.source_rows[[6, 0, 5]].tolist()
+    for mine, e in zip(range(3), (6, 0, 5), strict=True):
+        for found, expected in zip(chosen[mine], examples[e], strict=True):
+            np.testing.assert_array_equal(found, expected)
 
 
 # ---- the cache

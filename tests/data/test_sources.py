@@ -1,5 +1,6 @@
 """Files and data sets as conversations, and what is said when they are none."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -111,6 +112,23 @@ def test_rows_of_several_files_keep_their_own_numbers_after_a_selection(write):
 
 
 # ---- the split for evaluation
+
+
+def test_parts_have_short_names_all_different(write):
+    row = {"text": "words"}
+    files = [write(name, *[row] * n) for n, name in enumerate(("a.jsonl", "b.v2.jsonl"), 1)]
+    source = load_conversations((*map(str, files), str(files[0])))
+    assert source.part_names[1] == "b.v2"
+    assert source.part_names[0].endswith("-a")
+    assert source.part_names[2] == f"{source.part_names[0]}-3"
+    assert source.part_of(np.arange(4)).tolist() == [0, 1, 1, 2]
+    assert source.select([3, 1]).part_of(np.arange(2)).tolist() == [2, 1]
+    hub = [
+        dataclasses.replace(source.parts[0], name=name)
+        for name in ("x/gsm8k:main", "y/gsm8k:main", "z/other", "!")
+    ]
+    named = dataclasses.replace(source, parts=tuple(hub)).part_names
+    assert named == ["x-gsm8k-main", "y-gsm8k-main", "other", "source"]
 
 
 def test_split_off_eval_parts_all_rows_and_repeats_itself(write):

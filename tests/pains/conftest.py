@@ -61,7 +61,7 @@ def fine_tune(project: Project) -> Callable[..., str]:
     def run(workdir: Any, **changed: Any) -> str:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
             patch.setattr(jax, "devices", lambda *_: one)
-            patch.setattr(writers, "_open", lambda run: writers._Nowhere())
+            patch.setattr(writers, "_open", lambda *_: writers._Nowhere())
             assert train.main(project.arguments(workdir, **changed)) == 0
         return out.getvalue()
 

@@ -1,6 +1,8 @@
 """Checkpoints: the same bits back, whatever the state's shape and place, and no damage that goes unnoticed."""
 
+import asyncio
 import functools
+import gc
 import json
 import shutil
 import subprocess
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -332,6 +335,39 @@ def test_a_folder_that_cannot_be_made_is_told_and_does_not_raise(tmp_path):
     checkpoints.save(1, make_state(1))
     assert "step 1 could not be saved" in checkpoints.problems()[0]
     checkpoints.close()
+
+
+def test_what_orbax_abandons_is_not_heard_of(tmp_path, caplog):
+    """A read that failed leaves futures behind, whose errors asyncio logs when they are collected."""
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == []
+
+    async def abandon(error: str) -> None:
+        asyncio.get_running_loop().create_future().set_exception(ValueError(error))
+
+    for error in ("NOT_FOUND [tensorstore_spec='{}']", "anybody else's"):
+        asyncio.run(abandon(error))
+        gc.collect()
+    (record,) = caplog.records
+    assert "anybody else's" in record.getMessage()
+
+
+def test_jax_hears_of_steps_in_the_order_of_the_loop(tmp_path, monkeypatch):
+    """Orbax asks about a step again when it is saved, late: JAX would take the loop to be there."""
+    asked = []
+
+    def ask(manager, step):
+        asked.append(step)
+        return step == 7
+
+    monkeypatch.setattr(orbax.checkpoint.CheckpointManager, "reached_preemption", ask)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, make_state(3))
+        assert not checkpoints.reached_preemption(6)
+        checkpoints.wait()
+        assert checkpoints.reached_preemption(7)
+        checkpoints.save(7, make_state(7))
+    assert asked == [6, 7]
 
 
 def test_at_least_one_is_kept():

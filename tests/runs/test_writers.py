@@ -102,7 +102,7 @@ def test_when_tensorboard_cannot_be_written_the_run_goes_on_and_says_so(tmp_path
 
 
 def test_a_writer_that_wrote_nothing_imports_and_starts_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_open", lambda run: pytest.fail("TensorFlow would be imported"))
+    monkeypatch.setattr(module, "_open", lambda *_: pytest.fail("TensorFlow would be imported"))
     with RunDirectory.open(tmp_path, CONFIG) as run, Writers(run):
         assert "tensorboard" not in [thread.name for thread in threading.enumerate()]
 
@@ -137,7 +137,7 @@ def test_a_program_that_fails_without_closing_still_ends(tmp_path):
 import sys
 from jaxlora.runs import writers
 from jaxlora.runs.directory import RunDirectory
-writers._open = lambda run: writers._Nowhere()
+writers._open = lambda *_: writers._Nowhere()
 writers.Writers(RunDirectory.open(sys.argv[1], {})).scalars(1, {"x": 1.0})
 sys.exit("failed")
 """

@@ -1,10 +1,12 @@
 """Starts train commands as processes of their own, forked from one that has done the slow imports.
 
 Each line on stdin is a JSON object: `arguments` of the command, `output` (the file for what it prints) and, for one
-that shall be killed, `die`: [where, n]. It then sends itself SIGKILL as it reaches its n-th call of `where`
-("jaxlora.module:function" or "jaxlora.module:Class.method"), or, where that is a folder, as it is about to open, make,
-rename or delete for the n-th time something in that folder. A command that ends by itself also prints how many
-programs it found in JAX's persistent cache. Answers on stdout: the process id, then how it ended.
+that shall be killed, `die`: [where, n] or [where, n, signals]. It then sends itself SIGKILL, or those signals, as it
+reaches its n-th call of `where` ("jaxlora.module:function" or "jaxlora.module:Class.method"), or, where that is a
+path, as it is about to open, make, rename or delete for the n-th time something whose path begins so. Likewise it stops
+itself, until somebody sends SIGCONT, at each [where, n] of `stop`. `environment` holds variables to be set. A command
+that ends by itself also prints how many programs it found in JAX's persistent cache. Answers on stdout: the process id,
+then how it ended.
 """
 
 import atexit
@@ -16,6 +18,7 @@ import os
 import runpy
 import signal
 import sys
+from collections.abc import Sequence
 
 IMPORTED = """
     jaxlora.runs.writers tensorflow clu.metric_writers orbax.checkpoint jaxlora.config.build.wiring
@@ -24,14 +27,15 @@ IMPORTED = """
 TOUCHES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
 
 
-def die_at(where: str, n: int) -> None:
+def send_at(where: str, n: int, signals: Sequence[int] = (signal.SIGKILL,)) -> None:
     left = n
 
     def count(*_: object) -> None:
         nonlocal left
         left -= 1
         if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            for number in signals:
+                os.kill(os.getpid(), number)
 
     if os.path.isabs(where):
         sys.addaudithook(
@@ -50,6 +54,7 @@ def command(order: dict) -> None:
     output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream, file in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
         os.dup2(file, stream)
+    os.environ.update(order.get("environment", {}))
     import jax
 
     events: collections.Counter[str] = collections.Counter()
@@ -57,7 +62,9 @@ def command(order: dict) -> None:
     atexit.register(lambda: print("found in the cache:", events["/jax/compilation_cache/cache_hits"]))
     sys.argv = ["jaxlora.train", *order["arguments"]]
     if "die" in order:
-        die_at(*order["die"])
+        send_at(*order["die"])
+    for where, n in order.get("stop", ()):
+        send_at(where, n, [signal.SIGSTOP])
     runpy.run_module("jaxlora.train", run_name="__main__")
 
 

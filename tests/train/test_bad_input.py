@@ -256,6 +256,27 @@ def test_all_rows_cut_before_their_answer(refused, data):
     refused(file, "data.max_length 48", "raise it", data__train=file)
 
 
+def test_eval_data_without_a_single_trained_token(refused, data):
+    too_long = {
+        "messages": [{"role": "user", "content": "abc" * 40}, {"role": "assistant", "content": "def"}]
+    }
+    refused("eval", "loses all its trained tokens at data.max_length 48", data__eval=data(too_long))
+
+
+def test_best_by_a_group_that_the_data_does_not_have(refused):
+    told = refused(
+        "checkpoint.best_by = 'eval_by_turn/later/nll' is not computed",
+        checkpoint__best_by="eval_by_turn/later/nll",
+    )
+    assert "besides eval/NAME, train_eval/nll" in told
+    refused(
+        "stop.by = 'eval_by_source/x/ece'",
+        "no others",
+        stop__by="eval_by_source/x/ece",
+        eval__train_examples=0,
+    )
+
+
 def test_data_id_not_cached_without_network(refused):
     refused("example/not-a-cached-set", "network", "local file", data__train="example/not-a-cached-set")
 

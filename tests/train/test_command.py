@@ -21,6 +21,7 @@ from jaxlora import train
 from jaxlora.config.schema import KEYS
 from jaxlora.core import cli
 from jaxlora.core.tree import leaves
+from jaxlora.training.metrics import METRICS
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 ASKED, HIT = "/jax/compilation_cache/compile_requests_use_cache", "/jax/compilation_cache/cache_hits"
@@ -121,7 +122,11 @@ def test_curves(finished):
             "train/tokens", "train/tokens_per_second",
         }  # fmt: skip
     for line in evaluated:
-        assert line.keys() == {"step", "eval/nll", "eval/perplexity", "eval/token_accuracy"}
+        assert line.keys() == {
+            "step",
+            "train_eval/nll",
+            *(f"eval/{name}" for name in METRICS),
+        }  # one turn, one source
         assert line["eval/perplexity"] == pytest.approx(math.exp(line["eval/nll"]))
     # Warmup over 2 steps, then half a cosine over the 4 that are left.
     rates = [0, 0.5, *(0.5 * (1 + math.cos(math.pi * n / 4)) for n in range(4))]

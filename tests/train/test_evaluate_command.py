@@ -14,6 +14,7 @@ import pytest
 
 from jaxlora import evaluate
 from jaxlora.config.build import programs
+from jaxlora.training.metrics import ANSWER_METRICS, METRICS
 
 
 @pytest.fixture
@@ -37,7 +38,12 @@ def in_training(workdir: Path, step: int) -> dict[str, Any]:
 
 
 def metrics(found: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in found.items() if name.startswith("eval/")}
+    return {name: value for name, value in found.items() if name.startswith("eval")}
+
+
+def of_tokens(found: dict[str, Any]) -> dict[str, float]:
+    """Those that need no answers."""
+    return {name: v for name, v in metrics(found).items() if name.removeprefix("eval/") not in ANSWER_METRICS}
 
 
 # ---- the numbers are those of training ------------------------------------------------------------------------------
@@ -49,7 +55,8 @@ def test_a_run_scores_as_it_did_in_training(step, number, run, scored, tmp_path)
     workdir, out = run("plain"), tmp_path / "losses.jsonl"
     found = scored("--run", workdir, "--step", step, "--out", out)
     line = in_training(workdir, number)
-    assert "eval/exact_match" in line
+    answered = set(ANSWER_METRICS) - {"answer_match"}  # no reference holds a value to match
+    assert metrics(line).keys() == {f"eval/{name}" for name in (*METRICS, *answered)}
     assert metrics(found) == metrics(line)
     assert found["step"] == number
     assert (found["examples"], found["dtype"], found["max_length"]) == (20, "float32", 48)
@@ -62,12 +69,47 @@ def test_the_rows_that_a_run_held_out(run, scored):
     """A share of data.train, drawn by the seed, of which the first few are evaluated; without packing, in bfloat16."""
     workdir = run("held out")
     found, line = scored("--run", workdir), in_training(workdir, 6)
-    assert found.pop("eval/perplexity") == pytest.approx(np.exp(line["eval/nll"]), rel=1e-12)
+    for name in ("perplexity", "top5_accuracy", "entropy", "ece"):  # not among the run's eval.metrics
+        found.pop(f"eval/{name}")
     assert metrics(found) == metrics(line)
     assert (found["examples"], found["train_on"], found["dtype"]) == (7, "all", "bfloat16")
     data = json.loads((workdir / "record.json").read_text())["data"]["eval"]
     assert data["fingerprint"] == found["fingerprint"]
     assert data["trained_tokens"] == found["trained_tokens"]
+
+
+def test_the_slice_of_the_training_data(run, project, scored, tmp_path):
+    """As many examples as are held out, drawn by the seed, with the losses that all of data.train has there."""
+    workdir, out = run("plain"), tmp_path / "losses.jsonl"
+    scored("--run", workdir, "--step", "last", "--data", project.folder / "train.jsonl", "--out", out)
+    everything = {row["example"]: row for row in map(json.loads, out.read_text().splitlines())}
+    found = [json.loads(row) for row in (workdir / "eval/train_eval-00000008.jsonl").read_text().splitlines()]
+    assert len(found) == 20
+    assert [row["example"] for row in found] != list(range(20))
+    for row in found:
+        assert row == {
+            **everything[row["example"]],
+            "nll": pytest.approx(everything[row["example"]]["nll"], rel=1e-5),
+        }
+    total = sum(row["nll"] * row["tokens"] for row in found) / sum(row["tokens"] for row in found)
+    assert in_training(workdir, 8)["train_eval/nll"] == pytest.approx(total, rel=1e-12)
+
+
+def test_metrics_of_answers_need_answers(run, project, scored, call):
+    arguments = [
+        "--run",
+        str(run("plain")),
+        "--data",
+        str(project.folder / "eval.jsonl"),
+        "--metrics",
+        "chrf",
+    ]
+    refused = call(arguments, evaluate)
+    assert refused.code == 2
+    assert refused.err.endswith(
+        "error: --metrics chrf: of answers, and none are generated; give --generate 64, say.\n"
+    )
+    assert list(metrics(scored(*arguments, "--generate", 2))) == ["eval/chrf"]
 
 
 def test_variants(run, scored):
@@ -103,8 +145,7 @@ def test_a_bare_base_is_step_0(run, project, scored, tmp_path):
 def test_an_adapter_that_was_copied_elsewhere(run, project, scored, tmp_path):
     adapter = shutil.copytree(run("plain") / "best", tmp_path / "elsewhere")
     data = "--data", project.folder / "eval.jsonl", "--max-length", 48, "--dtype", "float32"
-    line = metrics(in_training(run("plain"), 4))
-    line.pop("eval/exact_match")
+    line = of_tokens(in_training(run("plain"), 4))
     assert metrics(scored("--adapter", adapter, *data)) == line
     base = shutil.copytree(project.model, tmp_path / "base")
     assert metrics(scored("--adapter", adapter, "--model", base, *data)) == line
@@ -163,8 +204,7 @@ def test_layouts_and_devices(flags, count, used, run, call, devices, tmp_path):
     ended = call(["--run", str(workdir), "--step", "last", "--generate", "0", "--out", str(out), "--json", *flags],
                  evaluate)  # fmt: skip
     assert ended.code == 0, ended.err
-    line = metrics(in_training(workdir, 8))
-    line.pop("eval/exact_match")
+    line = of_tokens(in_training(workdir, 8))
     assert metrics(json.loads(ended.out)) == pytest.approx(line, rel=1e-5)
     assert losses_of(out) == pytest.approx(losses_of(workdir / "eval/eval-00000008.jsonl"), rel=1e-5)
     assert (f"{used} of {count} devices are used" in ended.err) == (used != count)
@@ -236,9 +276,14 @@ def test_other_data(run, project, scored):
     )
     assert found["examples"] == 33
     assert found["data"] == [str(file) for file in files]
-    assert list(metrics(found)) == ["eval/token_accuracy", "eval/nll"]
+    names = ["token_accuracy", "nll"]
+    assert list(metrics(found)) == [
+        f"eval{group}/{name}" for group in ("", "_by_source/eval", "_by_source/train") for name in names
+    ]
     part = scored("--run", run("plain"), "--data", files[1], "--split", "train[:13]", "--metrics", "nll")
     own = scored("--run", run("plain"), "--metrics", "nll", "--generate", 0)
+    assert found["eval_by_source/eval/nll"] == pytest.approx(own["eval/nll"], rel=1e-5)
+    assert found["eval_by_source/train/nll"] == pytest.approx(part["eval/nll"], rel=1e-5)
     tokens = part["trained_tokens"], own["trained_tokens"]
     assert found["trained_tokens"] == sum(tokens)
     assert found["eval/nll"] == pytest.approx(
@@ -260,7 +305,7 @@ def test_the_table(run, call):
     assert re.split(r"  +", heading.strip()) == ["with adapter", "bare base", "in training"]
     expected = [
         [name, f"{line[f'eval/{name}']:.6g}", f"{before[f'eval/{name}']:.6g}", f"{line[f'eval/{name}']:.6g}"]
-        for name in ("nll", "perplexity", "token_accuracy", "exact_match")
+        for name in (name.removeprefix("eval/") for name in metrics(line))
     ]
     assert [row.split() for row in rows] == expected
     assert "\x1b" not in ended.out + ended.err

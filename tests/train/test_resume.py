@@ -1,21 +1,21 @@
 """A run that was killed, asked to leave, or lost its newest checkpoint ends with the bytes of an undisturbed one."""
 
+import itertools
 import json
 import os
 import random
-import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-NURSERY = Path(__file__).with_name("nursery.py")
+from tests.train import commands
+from tests.train.commands import Command, assert_same, contents, last_step, wait_for_step
+
 # Ten batches an evaluation, and a checkpoint every other step: much to be interrupted in.
 SHAPE = {
     "eval__batch_size": 1,
@@ -41,57 +41,25 @@ VARIANTS = {
     "optim__loraplus_lr_ratio": 4.0,
 }
 
-
-class Command:
-    """A train command in a process of its own, or the next one when that has ended."""
-
-    def __init__(self, nursery: "subprocess.Popen[str]", output: Path):
-        self._nursery, self._output = nursery, output
-        self.pid = 0
-
-    def start(self, arguments: list[str], **plan: Any) -> None:
-        order = {"arguments": arguments, "output": str(self._output), **plan}
-        assert self._nursery.stdin is not None
-        self._nursery.stdin.write(json.dumps(order) + "\n")
-        self._nursery.stdin.flush()
-        self.pid = self._answer()
-
-    def wait(self) -> int:
-        """Its exit code; minus the signal for one that was killed."""
-        return self._answer()
-
-    @property
-    def output(self) -> str:
-        return self._output.read_text()
-
-    def run(self, arguments: list[str], **plan: Any) -> int:
-        self.start(arguments, **plan)
-        return self.wait()
-
-    def _answer(self) -> int:
-        assert self._nursery.stdout is not None
-        line = self._nursery.stdout.readline()
-        assert line, "the nursery has died"
-        return int(line)
+JUDGED = {
+    **SHAPE,
+    "train__max_steps": 30,
+    "optim__learning_rate": 0.1,
+    "eval__every": 8,
+    "eval__adaptive": True,
+    "eval__finest": 2,
+    "checkpoint__best": 3,
+    "checkpoint__best_by": "token_accuracy",
+    "stop__patience": 3,
+    "stop__min_delta": 1.0,
+    "stop__min_delta_unit": "standard_errors",
+}
 
 
 @pytest.fixture(scope="module")
-def nursery() -> Iterator["subprocess.Popen[str]"]:
-    root = NURSERY.parents[2]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        "PYTHONPATH": str(root),
-    }
-    with subprocess.Popen(
-        [sys.executable, str(NURSERY)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=root,
-    ) as process:
+def nursery():
+    with commands.nursery() as process:
         yield process
-        process.kill()
 
 
 @pytest.fixture
@@ -115,46 +83,6 @@ def undisturbed(nursery, project, tmp_path_factory) -> Callable[[dict[str, Any]]
         return made[name]
 
     return run
-
-
-def contents(workdir: Path) -> dict[str, bytes]:
-    """What a run leaves, but for the time that it took: curves, per-example losses, adapters, config, record."""
-    files = [
-        *workdir.glob("eval/*"),
-        *workdir.glob("best/*"),
-        *workdir.glob("last/*"),
-        workdir / "config.json",
-    ]
-    found = {str(file.relative_to(workdir)): file.read_bytes() for file in files}
-    curves = (workdir / "metrics.jsonl").read_bytes()
-    found["metrics.jsonl"] = re.sub(rb', "train/tokens_per_second": [\d.]+', b"", curves)
-    record = json.loads((workdir / "record.json").read_text())
-    found["record.json"] = json.dumps({**record, "seconds": None}).encode()
-    return found
-
-
-def assert_same(workdir: Path, undisturbed: Path) -> None:
-    found, expected = contents(workdir), contents(undisturbed)
-    assert found.keys() == expected.keys()
-    for name in found:
-        assert found[name] == expected[name], name
-    steps = [{entry.name for entry in (run / "checkpoints").iterdir()} for run in (workdir, undisturbed)]
-    assert steps[0] == steps[1]
-
-
-def last_step(workdir: Path) -> int:
-    """The step of the last whole line of metrics.jsonl; -1 without one."""
-    file = workdir / "metrics.jsonl"
-    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-    return json.loads(lines[-1])["step"] if lines else -1
-
-
-def wait_for_step(command: Command, workdir: Path, step: int) -> None:
-    """Returns when metrics.jsonl has a line of this step or a later one."""
-    patience = time.monotonic() + 120
-    while last_step(workdir) < step:
-        assert time.monotonic() < patience, command.output
-        time.sleep(0.002)
 
 
 @pytest.mark.slow
@@ -186,6 +114,30 @@ def test_killed_five_times_and_stopping_early(command, undisturbed, project, tmp
     assert all("going on after step" in output for output in starts[2:]), starts
     assert not any("damaged" in output for output in starts)
     assert_same(workdir, expected)
+
+
+@pytest.mark.slow
+def test_what_is_judged_by_earlier_evaluations_goes_on_as_it_was(command, undisturbed, project, tmp_path):
+    """The adaptive calendar, improvements in standard errors, the alarm and the best few all look back."""
+    expected = undisturbed(JUDGED)
+    curve = [json.loads(line) for line in (expected / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line["step"] for line in curve if "eval/nll" in line]
+    assert len({b - a for a, b in itertools.pairwise(evaluated)}) > 1, evaluated
+    workdir = tmp_path / "run"
+    arguments = project.arguments(workdir, **JUDGED)
+    for die in (
+        ["jaxlora.training.evaluate:_add", 25],
+        ["jaxlora.training.stopping:EarlyStop.__call__", 3],
+        [str(workdir / "checkpoints"), 60],
+    ):
+        assert command.run(arguments, die=die) == -signal.SIGKILL, command.output
+    assert command.run(arguments) == 0, command.output
+    assert_same(workdir, expected)
+    record = json.loads((workdir / "record.json").read_text())
+    accuracy = {line["step"]: line["eval/token_accuracy"] for line in curve if "eval/nll" in line}
+    ranked = sorted(accuracy, key=lambda step: (-accuracy[step], step))
+    assert [entry["step"] for entry in record["bests"]] == ranked[:3]
+    assert record["best"] == record["bests"][0]
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def settings(**changed) -> Settings:
         b1=0.9, b2=0.999, eps=1e-8, clip_norm=1.0,
     )  # fmt: skip
     inner = {name: value for name, value in changed.items() if name in OptimizerSettings._fields}
-    outer = {"label_smoothing": 0.1, "lora_scale": 2.0, "lora_dropout": 0.0}
+    outer = {"label_smoothing": 0.1, "lora_scale": 2.0, "lora_dropout": 0.0, "skip_spikes": 0.0}
     outer |= {name: value for name, value in changed.items() if name in outer}
     outer |= {name: dict.fromkeys(TARGETS, outer[name]) for name in ("lora_scale", "lora_dropout")}
     return Settings(optimizer=optimizer._replace(**inner), **outer)

@@ -17,7 +17,7 @@ from jaxlora.models.spec import DecoderSpec
 from jaxlora.models.weights import param_shapes
 from jaxlora.parallel.mesh import make_mesh
 from jaxlora.parallel.sharding import tree_shardings
-from jaxlora.training.answers import Answers, exact_match
+from jaxlora.training.answers import Answer, Answers, columns, lines, markdown, scores
 
 SPEC = DecoderSpec(
     model_type="qwen2",
@@ -111,7 +111,14 @@ def test_answers_are_those_of_one_prompt_after_the_other(model, shape):
     assert [answer.text for answer in found] == expected
     assert [answer.prompt for answer in found] == QUESTIONS
     assert [answer.exact for answer in found] == [True, False] * 3
-    assert exact_match(found) == 0.5
+    scored = scores(found, ("nll", "exact_match", "answer_match", "answer_tokens", "ended"), r"####\s*(\S+)")
+    assert scored == {  # no reference holds a value to match
+        "eval/exact_match": 0.5,
+        "eval/answer_tokens": np.mean([answer.tokens for answer in found]),
+        "eval/ended": np.mean([answer.ended for answer in found]),
+    }
+    assert list(columns(found)) == ["prompt", "reference", "text", "exact", "tokens", "ended"]
+    assert columns(found)["text"] == expected
     assert [answer.tokens for answer in found] == [len(text) for text in expected]
     assert [answer.ended for answer in found] == [len(text) < LONGEST for text in expected]
     assert told == [(4, 6), (6, 6)]
@@ -139,3 +146,12 @@ def test_what_does_not_fit_is_left_out_or_refused(model):
         Answers(model[0], Letters(), [fits], max_new_tokens=96, batch_size=4, mesh=mesh)
     with pytest.raises(InputError, match="plain text and hold no question"):
         answers(model, ["a story"], mesh)
+
+
+def test_what_is_shown_of_answers():
+    given = [Answer(f"p{i}\n*q*", "right", "a" * 80, False, 80, False) for i in range(6)]
+    assert lines(given, 2) == tuple(f'  "p{i} *q*" -> "{"a" * 59}…" (expected "right")' for i in range(2))
+    text = markdown(given)
+    first = ("**prompt**", "    p0\n    *q*", "**answer**", f"    {'a' * 80}", "**reference**", "    right")
+    assert text.startswith("\n\n".join(first))
+    assert text.count("**prompt**") == 4

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlora.training.losses import cross_entropy
+from jaxlora.training.losses import cross_entropy, token_metrics
 
 
 def problem(rows=3, time=11, width=8, vocabulary=37, seed=0, dtype=jnp.float32):
@@ -114,3 +114,73 @@ def test_smoothing_costs_no_memory():
         return jax.jit(loss).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(0.1) <= 1.1 * temporary_bytes(0.0)
+
+
+# ---- what an evaluation reads ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("vocabulary", "chunk"), [(37, 7), (96, 1000)])
+def test_token_metrics_are_the_dense_ones(vocabulary, chunk):
+    """In float64, with top-5 by sorting; a vocabulary that fills the groups of `_sums`, and one that does not."""
+    hidden, unembed, targets, weights = problem(vocabulary=vocabulary)
+    logits = np.einsum("btd,vd->btv", *(np.asarray(x, np.float64) for x in (hidden, unembed)))
+    for place, rank in ((0, 1), (1, 5), (2, 6)):  # every fourth target is likeliest, fifth, sixth
+        chosen = np.argsort(-logits, axis=-1)[:, place::4, rank - 1]
+        targets = targets.at[:, place::4].set(chosen)
+    found = token_metrics(hidden, unembed, targets, weights, chunk)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    targets, weights = np.asarray(targets), np.asarray(weights)
+    right = np.take_along_axis(p, targets[..., None], -1)[..., 0]
+    five = np.argsort(-logits, axis=-1)[..., :5]
+    expected = {
+        "nll": -np.log(right),
+        "correct": five[..., 0] == targets,
+        "top5": (five == targets[..., None]).any(-1),
+        "entropy": -(p * np.log(p)).sum(-1),
+        "confidence": p.max(-1),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(getattr(found, name), value * weights, rtol=2e-5, atol=2e-6, err_msg=name)
+    assert 0 < np.sum(found.correct) < np.sum(found.top5) < np.sum(weights)
+
+
+def test_a_small_nll_is_not_lost_beside_a_large_vocabulary():
+    """One word is all but certain, and stands first; 150,000 improbable ones share what is left."""
+    logits = np.random.default_rng(0).normal(size=151_936).astype(np.float32)
+    logits[0] = 18.0
+    one = (
+        jnp.ones((1, 1, 1), jnp.float32),
+        jnp.asarray(logits)[:, None],
+        jnp.zeros((1, 1), jnp.int32),
+        jnp.ones((1, 1)),
+    )
+    found = token_metrics(*one)
+    shifted = logits.astype(np.float64) - 18
+    total = np.exp(shifted).sum()
+    assert 1e-3 < np.log(total) < 1e-2
+    np.testing.assert_allclose(found.nll[0, 0], np.log(total), atol=2e-6)  # the rounding of an lse of 18
+    np.testing.assert_allclose(found.confidence[0, 0], 1 / total, rtol=2e-6)
+    entropy = np.log(total) - (np.exp(shifted) * shifted).sum() / total
+    np.testing.assert_allclose(found.entropy[0, 0], entropy, rtol=1e-5)
+
+
+def test_equal_logits_are_not_above_each_other():
+    hidden, unembed = jnp.ones((1, 2, 4)), jnp.zeros((40, 4))
+    found = token_metrics(hidden, unembed, jnp.array([[3, 39]]), jnp.ones((1, 2)))
+    assert found.correct.tolist() == found.top5.tolist() == [[1.0, 1.0]]
+    np.testing.assert_allclose(found.entropy, np.log(40), rtol=1e-6)
+
+
+def test_all_metrics_are_made_in_the_pass_that_makes_the_loss():
+    """No array of a chunk's logits is written beyond those of the loss alone, and none is read more often but once."""
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in problem(2, 256, 32, 32_768)]
+
+    def compiled(function):
+        program = jax.jit(function).lower(*shapes).compile()
+        cost = program.cost_analysis()
+        return program.memory_analysis().temp_size_in_bytes, cost["bytes accessed"]
+
+    loss, everything = compiled(lambda *x: jnp.sum(cross_entropy(*x)[1].nll)), compiled(token_metrics)
+    assert everything[0] <= 1.1 * loss[0]
+    assert everything[1] <= 1.2 * loss[1]

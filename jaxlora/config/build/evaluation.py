@@ -15,7 +15,7 @@ from jaxlora.lora.spec import LoraSpec
 from jaxlora.parallel import sharding
 from jaxlora.parallel.mesh import make_mesh
 from jaxlora.runs.progress import Progress
-from jaxlora.training.answers import Answers
+from jaxlora.training.answers import Answers, columns, scores
 from jaxlora.training.evaluate import Evaluator
 
 
@@ -50,7 +50,7 @@ class Scored(NamedTuple):
     """An evaluation's outcome.
 
     Attributes:
-        metrics: by name, with exact_match where prompts were answered.
+        metrics: by the name they are logged under in a run, with those of answers where prompts were answered.
         per_example: columns, as `training.evaluate.Evaluation` has them.
         answers: columns, or None.
         seconds: that the losses took, without compilation and answers.
@@ -70,6 +70,7 @@ def score(
     lora: Mapping[str, Any],
     metrics: Sequence[str],
     answers: Answers | None,
+    pattern: str,
     progress: Progress,
 ) -> Scored:
     """Evaluates one adapter, as a run does.
@@ -77,18 +78,22 @@ def score(
     Args:
         step: of `memory.fit_evaluation`, for this adapter.
         lora: the adapter as the decoder reads it; {} for the bare base.
-        metrics: names of `METRICS`.
+        metrics: names of `METRICS` and `ANSWER_METRICS`.
         answers: the prompts to answer besides, with the program for this adapter; or None.
+        pattern: `eval.answer_pattern`.
     """
-    evaluator = Evaluator(step, data.eval, programs.put_batch(model), metrics)
+    groups = wiring.groups(data)
+    evaluator = Evaluator(step, data.eval, programs.put_batch(model), metrics, groups)
     progress.eval(0, data.eval.num_batches)
     began = time.perf_counter()
     found, per_example = evaluator(lora, base, progress.eval)
     seconds = time.perf_counter() - began
     if answers is None:
         return Scored(found, per_example, None, seconds)
-    exact, columns = wiring.answered(answers, lora, base, progress)
-    return Scored({**found, **exact}, per_example, columns, seconds)
+    with progress.stage("answering held-out prompts") as stage:
+        given = answers.answer(lora, base, stage)
+    with progress.stage("scoring the answers"):
+        return Scored(found | scores(given, metrics, pattern), per_example, columns(given), seconds)
 
 
 class Averaged(NamedTuple):
@@ -128,7 +133,9 @@ def averaged(chosen: Chosen, config: Config, devices: Sequence[Any], progress: P
     with progress.stage("compiling the evaluation step"):
         fitted = memory.fit_evaluation(config, model, [lora], None, progress.say)
     data = memory.with_eval_rows(data, fitted.eval_rows)
-    evaluator = Evaluator(fitted.steps[0], data.eval, programs.put_batch(model), ("nll",))
+    evaluator = Evaluator(
+        fitted.steps[0], data.eval, programs.put_batch(model), ("nll",), wiring.groups(data)
+    )
     progress.eval(0, data.eval.num_batches)
     metrics, _ = evaluator(lora, base, progress.eval)
-    return Averaged(*read, metrics["nll"])
+    return Averaged(*read, metrics["eval/nll"])

@@ -32,7 +32,7 @@ class Programs:
     Attributes:
         train: `step(state, base, batch) -> (state, sums)`; the state is donated.
         effective: `(state, base) -> lora`, the adapter as the decoder reads it.
-        evaluate: `(lora, base, batch) -> TokenLosses`.
+        evaluate: `(lora, base, batch) -> TokenMetrics`.
     """
 
     train: Callable[..., Any]
@@ -74,6 +74,8 @@ def settings(config: Config, steps: int) -> Settings:
         label_smoothing=chosen.label_smoothing,
         lora_scale=spec.scales,
         lora_dropout=spec.dropouts,
+        spike_threshold=config.guard.threshold,
+        skip_spikes=float(config.guard.on_spike != "log"),
     )
 
 
@@ -83,7 +85,7 @@ def state_shapes(config: Config, model: Model, steps: int) -> TrainState:
 
     def make(base: Any) -> TrainState:
         adapter, anchor = variants.start(key, base, spec, config.lora.init)
-        return new_state(adapter, key, settings(config, steps), anchor)
+        return new_state(adapter, key, settings(config, steps), anchor, config.guard.window)
 
     shapes = jax.eval_shape(make, base)
     placed = sharding.state_shardings(model.mesh, shapes)
@@ -145,7 +147,8 @@ def first_state(
         adapter, anchor = given, {}
         if adapter is None:
             adapter, anchor = variants.start(named(key, "adapter"), base, spec, config.lora.init)
-        return new_state(dict(adapter), named(key, "train"), settings(config, steps), anchor)
+        numbers = settings(config, steps)
+        return new_state(dict(adapter), named(key, "train"), numbers, anchor, config.guard.window)
 
     placements = jax.tree.map(lambda s: s.sharding, state_shapes(config, model, steps))
     options = compiler_options(model.mesh.devices.flat[0].platform)
@@ -212,7 +215,7 @@ def lower_effective(model: Model, like: TrainState, lora: Mapping[str, Any]) -> 
 
 
 def lower_evaluation(config: Config, model: Model, lora: Mapping[str, Any]) -> jax.stages.Lowered:
-    """`(lora, base, batch) -> TokenLosses` for batches of eval.batch_size rows, ready to be compiled.
+    """`(lora, base, batch) -> TokenMetrics` for batches of eval.batch_size rows, ready to be compiled.
 
     Args:
         lora: the adapter as the decoder reads it, or its placed shapes; {} for the bare base.

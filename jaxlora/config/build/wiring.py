@@ -5,17 +5,21 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from jaxlora.config.build import guarding
 from jaxlora.config.build.inputs import Data, HeldOut, Model
 from jaxlora.config.build.programs import Programs, put_batch
 from jaxlora.config.schema import Config
+from jaxlora.core.errors import InputError
+from jaxlora.data.batches import EvalBatches
 from jaxlora.runs.progress import Progress
-from jaxlora.training.answers import Answers, exact_match
+from jaxlora.training.answers import Answers, columns, lines, markdown, scores
 from jaxlora.training.calendar import Calendar
-from jaxlora.training.evaluate import Evaluator, Found
+from jaxlora.training.evaluate import Evaluator, Found, Groups
 from jaxlora.training.events import Log, Save
-from jaxlora.training.guard import Guard
 from jaxlora.training.loop import Events
-from jaxlora.training.metrics import better
+from jaxlora.training.metrics import METRICS, better
 from jaxlora.training.recording import Recorder
 from jaxlora.training.state import TrainState
 from jaxlora.training.stopping import EarlyStop, Evaluate, OverfitAlarm, Ranked
@@ -59,13 +63,6 @@ def events(
     """
     standing = recorder.standing
 
-    def rows(step: int) -> str:
-        found = [
-            data.train_source.where(int(data.train.examples.source_rows[e]))
-            for e in data.train.examples_in(step)
-        ]
-        return "; ".join(found[:8]) + (f"; and {len(found) - 8} more" if len(found) > 8 else "")
-
     best_by = _ranked(config.checkpoint.best_by, config.checkpoint.best_mode)
     stop_by = _ranked(config.stop.by)
     days = calendar(config, data, total)
@@ -83,17 +80,11 @@ def events(
         progress.say,
         recorder.recall,
         OverfitAlarm(standing, recorder.recall, progress.say, recorder.texts),
+        recorder.texts,
     )
     min_steps = config.optim.warmup_steps if config.stop.min_steps is None else config.stop.min_steps
     return Events(
-        guard=Guard(
-            standing,
-            config.guard.on_nonfinite,
-            config.guard.max_skipped,
-            rows,
-            recorder.metrics,
-            progress.say,
-        ),
+        guard=guarding.guard(config, data, recorder),
         log=Log(config.log.every, recorder.metrics, progress.step, progress.train),
         evaluate=evaluate,
         stop=EarlyStop(
@@ -124,6 +115,45 @@ def _ranked(name: str, mode: str = "auto") -> Ranked:
     return Ranked(name if "/" in name else f"eval/{name}", better(name, mode))
 
 
+def groups(data: HeldOut) -> Groups:
+    """The groups of held-out tokens that have metrics of their own."""
+    source, examples = data.eval_source, data.eval.examples
+    return Groups(examples, source.part_of(examples.source_rows), source.part_names)
+
+
+def check_names(config: Config, data: HeldOut) -> None:
+    """Refuses a group's metric as what best or stop goes by, where the data has no such group.
+
+    Raises:
+        InputError: naming those that there are.
+    """
+    tokens = [name for name in config.eval.metrics if name in METRICS]
+    known = [name for name in groups(data).logged(tokens) if not name.startswith("eval/")]
+    known += ["train_eval/nll"] if config.eval.train_examples else []
+    for key, name in (("checkpoint.best_by", config.checkpoint.best_by), ("stop.by", config.stop.by)):
+        if "/" in name.removeprefix("eval/") and name not in known:
+            raise InputError(
+                f"{key} = '{name}' is not computed: with this data there are, besides eval/NAME, "
+                f"{', '.join(known) or 'no others'}.\nSet it with --config.{key}=nll, for example."
+            )
+
+
+def train_slice(config: Config, data: Data) -> tuple[EvalBatches, np.ndarray] | None:
+    """The examples of data.train that are evaluated too, and their numbers there; None for none.
+
+    They are drawn with the seed, and at most as many as are held out.
+    """
+    examples, held_out = data.train.examples, len(data.eval.examples)
+    count = min(config.eval.train_examples, held_out, len(examples))
+    if not count:
+        return None
+    # The second word keeps this draw apart from every other use of the same seed.
+    drawn = np.random.default_rng([config.seed, 0x511CE]).permutation(len(examples))[:count]
+    numbers = np.sort(drawn)
+    length, packing = config.data.max_length, config.data.packing
+    return EvalBatches(examples.select(numbers), config.eval.batch_size, length, packing), numbers
+
+
 def evaluator(
     config: Config,
     model: Model,
@@ -132,31 +162,34 @@ def evaluator(
     base: Any,
     answers: Answers | None,
     progress: Progress,
-) -> Callable[[TrainState, bool], Found]:
-    """Evaluates a state: all that is asked for."""
-    score = Evaluator(programs.evaluate, data.eval, put_batch(model), config.eval.metrics)
+) -> Callable[..., Found]:
+    """Builds `evaluate(state, answer=True) -> Found`: all that is asked for, with answers or without."""
+    put, metrics = put_batch(model), config.eval.metrics
+    score = Evaluator(programs.evaluate, data.eval, put, metrics, groups(data))
+    batches, sliced = data.eval.num_batches, train_slice(config, data)
+    everything = batches + (sliced[0].num_batches if sliced else 0)
 
-    def run(state: TrainState, answer: bool) -> Found:
-        progress.eval(0, data.eval.num_batches)
+    def run(state: TrainState, answer: bool = True) -> Found:
+        progress.eval(0, everything)
         lora = programs.effective(state, base)
-        metrics, per_example = score(lora, base, progress.eval)
+        found, per_example = score(lora, base, lambda done, _: progress.eval(done, everything))
         files = {"eval": per_example}
-        if answers is not None and answer:
-            exact, files["answers"] = answered(answers, lora, base, progress)
-            metrics |= exact
-        return Found({f"eval/{name}": value for name, value in metrics.items()}, files)
+        if sliced:
+            trained = Evaluator(programs.evaluate, sliced[0], put, ("nll",), name="train_eval")
+            more, rows = trained(lora, base, lambda done, _: progress.eval(batches + done, everything))
+            found |= more
+            files["train_eval"] = rows | {"example": sliced[1][rows["example"]].tolist()}
+        if answers is None or not answer:
+            return Found(found, files)
+        with progress.stage("answering held-out prompts") as stage:
+            given = answers.answer(lora, base, stage)
+        with progress.stage("scoring the answers"):
+            found |= scores(given, metrics, config.eval.answer_pattern)
+        return Found(
+            found, files | {"answers": columns(given)}, {"eval/answers": markdown(given)}, lines(given)
+        )
 
     return run
-
-
-def answered(
-    answers: Answers, lora: Any, base: Any, progress: Progress
-) -> tuple[dict[str, float], dict[str, list[Any]]]:
-    """What the answers come to: metrics by name, and the answers' columns."""
-    with progress.stage("answering held-out prompts") as stage:
-        found = answers.answer(lora, base, stage)
-    columns = {name: [getattr(a, name) for a in found] for name in ("prompt", "reference", "text", "exact")}
-    return {"exact_match": exact_match(found)}, columns
 
 
 def facts(config: Config, model: Model, data: Data) -> dict[str, Any]:

@@ -1,0 +1,81 @@
+"""The guard of a run: what it names, and how a run goes back."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxlora.config.build.inputs import Data
+from jaxlora.config.schema import Config
+from jaxlora.training.events import Standing
+from jaxlora.training.guard import Guard, Policy
+from jaxlora.training.recording import Recorder
+from jaxlora.training.rollback import RollingBack
+from jaxlora.training.state import TrainState
+
+
+def guard(config: Config, data: Data, recorder: Recorder) -> Guard:
+    """The run's guard, wired to its recorder and its data."""
+    chosen = config.guard
+    return Guard(
+        recorder.standing,
+        Policy(
+            chosen.on_spike,
+            chosen.on_nonfinite,
+            chosen.on_divergence,
+            chosen.window,
+            chosen.max_skipped,
+            chosen.max_rollbacks,
+        ),
+        lambda step, nll: rows_of(data, step, nll),
+        recorder.metrics,
+        recorder.rows,
+        recorder.say,
+    )
+
+
+def rows_of(data: Data, step: int, nll: np.ndarray) -> dict[str, list[Any]]:
+    """The examples of a step's batch, those in the worst rows first.
+
+    Args:
+        nll: of each row of the batch, [B]; one that is not finite is worse than any.
+    Returns:
+        Columns: "source" and "row" (from 1) say where an example stands; "example" is its number in the encoded data
+        set; "batch_row" the row that it was packed into, and "nll" that row's mean per trained token; "conversation"
+        its messages, or its text where it has none.
+    """
+    train, found = data.train, []
+    for b, members in enumerate(train.rows_in(step)):
+        for e in members:
+            place = int(train.examples.source_rows[e])
+            name, row = data.train_source.place(place)
+            found.append((name, row, e, b, float(nll[b]), data.train_source[place]))
+    found.sort(key=lambda one: -one[4] if np.isfinite(one[4]) else -np.inf)
+    names = ("source", "row", "example", "batch_row", "nll", "conversation")
+    return dict(zip(names, map(list, zip(*found, strict=True)), strict=True))
+
+
+def batches(
+    data: Data, put: Callable[[Mapping[str, np.ndarray]], Any], standing: Standing
+) -> Callable[[int], Any]:
+    """step -> its batch on the devices, without a trained token where the standing excludes it."""
+
+    def batch(step: int) -> Any:
+        host = data.train.batch(step)
+        return put(host | {"weights": np.zeros_like(host["weights"])} if step in standing.excluded else host)
+
+    return batch
+
+
+def rollback(
+    config: Config, recorder: Recorder, first_state: Callable[[], TrainState], begin: Callable[[int], None]
+) -> RollingBack:
+    """How the run goes back; see `RollingBack`."""
+    return RollingBack(
+        recorder,
+        config.checkpoint.every,
+        config.optim.learning_rate,
+        config.guard.rollback_factor,
+        first_state,
+        begin,
+    )

@@ -1,0 +1,162 @@
+"""A disk that is full, or a folder that cannot be written, for some steps of a run: it is told, and nothing is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.train import commands
+from tests.train.commands import Command, assert_same, wait_until_stopped
+from tests.train.conftest import Project
+from tests.train.test_faults import SETTINGS
+
+BATCH = (
+    "jaxlora.data.batches:Batches.batch"  # its n-th call is made during step n - 1, before that is looked at
+)
+
+
+def start_and_stop(command: Command, arguments: list[str], steps: list[int]) -> None:
+    """Starts a command that stops before each of these steps, and waits for the first."""
+    command.start(arguments, stop=[[BATCH, step] for step in steps])
+    wait_until_stopped(command)
+
+
+def go_on(command: Command, until_stopped: bool = False) -> None:
+    os.kill(command.pid, signal.SIGCONT)
+    if until_stopped:
+        time.sleep(0.2)
+        wait_until_stopped(command)
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    with commands.nursery() as process:
+        yield process
+
+
+@pytest.fixture
+def command(nursery, tmp_path) -> Iterator[Command]:
+    command = Command(nursery, tmp_path / "output.txt")
+    yield command
+    command.kill()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nursery, project, tmp_path_factory) -> Path:
+    """Its best step is one of those that find the disk full."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    command = Command(nursery, folder / "output.txt")
+    assert command.run(project.arguments(folder / "run", **SETTINGS)) == 0, command.output
+    return folder / "run"
+
+
+class Disk:
+    """A file system of eight megabytes."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._filler = folder / "somebody else's files"
+
+    def fill(self) -> None:
+        with self._filler.open("wb", buffering=0) as stream:
+            try:
+                while True:
+                    stream.write(bytes(4096))
+            except OSError:
+                return
+
+    def free(self) -> None:
+        self._filler.unlink()
+
+
+@pytest.fixture
+def disk(tmp_path, command) -> Iterator[Disk]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes root")
+    yield Disk(folder)
+    command.kill()
+    subprocess.run(["umount", folder], check=True)
+
+
+def steps_saved(workdir: Path) -> list[int]:
+    return sorted(int(entry.name) for entry in (workdir / "checkpoints").iterdir() if entry.name.isdigit())
+
+
+def best_of(undisturbed: Path) -> int:
+    return json.loads((undisturbed / "record.json").read_text())["best"]["step"]
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_some_steps(command, undisturbed, project: Project, disk):
+    """Everything that could not be written is told, and written as soon as there is room."""
+    workdir, best = disk.folder / "run", best_of(undisturbed)
+    start_and_stop(command, project.arguments(workdir, **SETTINGS), [best - 1, best + 4])
+    before, adapter = steps_saved(workdir), (workdir / "best/adapter_model.safetensors").read_bytes()
+    disk.fill()
+    go_on(command, until_stopped=True)
+    told = command.output
+    assert f"the checkpoint of step {best} could not be saved" in told
+    assert "No space left on device" in told
+    for file in ("best", "last", f"eval/eval-{best:08d}.jsonl", "metrics.jsonl", "record.json"):
+        assert f"{workdir / file} could not be written" in told, file
+    assert before[-1] <= steps_saved(workdir)[-1] < best - 1  # one may just have been on its way
+    assert (workdir / "best/adapter_model.safetensors").read_bytes() == adapter
+
+    disk.free()
+    go_on(command)
+    assert command.wait() == 0, command.output
+    assert "Traceback" not in command.output
+    assert_same(workdir, undisturbed, same_saves=False)
+
+
+@pytest.mark.slow
+def test_killed_while_the_disk_is_full(command, undisturbed, project: Project, disk):
+    """It goes on from the last checkpoint that was whole; while there is no room, the command says so and leaves."""
+    workdir, best = disk.folder / "run", best_of(undisturbed)
+    arguments = project.arguments(workdir, **SETTINGS)
+    start_and_stop(command, arguments, [best - 1, best + 4])
+    disk.fill()
+    go_on(command, until_stopped=True)
+    os.kill(command.pid, signal.SIGKILL)
+    assert command.wait() == -signal.SIGKILL
+    saved = steps_saved(workdir)
+    assert 0 < saved[-1] < best - 1
+
+    assert command.run(arguments) == 2, command.output
+    assert f"error: cannot write the run folder {workdir} (No space left on device)" in command.output
+    assert steps_saved(workdir) == saved
+    disk.free()
+    assert command.run(arguments) == 0, command.output
+    assert f"going on after step {saved[-1]}\n" in command.output
+    assert_same(workdir, undisturbed)
+
+
+@pytest.mark.slow
+def test_folders_that_cannot_be_written_for_some_steps(command, undisturbed, project: Project, tmp_path):
+    """For root no folder is read-only; where a file lies in its place, nobody can write into it."""
+    workdir, best = tmp_path / "run", best_of(undisturbed)
+    start_and_stop(command, project.arguments(workdir, **SETTINGS), [best - 1, best + 4])
+    names = ("checkpoints", "eval", "best", "last")
+    for name in names:
+        (workdir / name).rename(workdir / f"{name} is here")
+        (workdir / name).touch()
+    go_on(command, until_stopped=True)
+    assert f"the checkpoint of step {best} could not be saved to {workdir / 'checkpoints'}" in command.output
+    for file in ("best", "last", f"eval/eval-{best:08d}.jsonl"):
+        assert f"{workdir / file} could not be written" in command.output, file
+    for name in names:
+        (workdir / name).unlink()
+        (workdir / f"{name} is here").rename(workdir / name)
+    assert 0 < steps_saved(workdir)[-1] < best - 1
+    go_on(command)
+    assert command.wait() == 0, command.output
+    assert "Traceback" not in command.output
+    assert_same(workdir, undisturbed, same_saves=False)
