@@ -210,8 +210,8 @@ def test_a_smaller_eval_batch_changes_no_number_and_no_config(project, run, call
     arguments = project.arguments(workdir, **RUNS["few"])
     with monkeypatch.context() as patch:
         asked = iter([False] * 4)
-        leaving = contextlib.nullcontext(lambda: next(asked, True))
-        patch.setattr(train, "_leaving_on_request", lambda progress: leaving)
+        leaving = contextlib.nullcontext(lambda *_: next(asked, True))
+        patch.setattr(train, "_leaving_on_request", lambda *_: leaving)
         first = call(arguments)
     assert first.code == 0, first.err
     assert "preempted: asked to leave at step 5" in first.out
