@@ -259,6 +259,11 @@ class RunDirectory:
         found, self._problems = self._problems, []
         return found
 
+    def unwritten(self) -> list[Path]:
+        """The files whose newest content waits for room, after one more try."""
+        self._flush_late()
+        return [*self._late, *([self.path / METRICS] if self._late_lines else [])]
+
     def close(self) -> None:
         """Writes what is left and gives the lock back."""
         self._flush_late()
