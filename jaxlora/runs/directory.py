@@ -238,6 +238,18 @@ class RunDirectory:
             spikes: steps whose rows stay in spikes/ all the same: they were gone back from, and won't come again.
         """
         self.resumed_after = after_step
+
+        def stays(file: Path) -> bool:
+            step = re.fullmatch(r".*-(\d+)", file.stem)
+            return (
+                not step
+                or int(step[1]) <= after_step
+                or (file.parent == self.spikes and int(step[1]) in spikes)
+            )
+
+        self._late = {file: content for file, content in self._late.items() if stays(file)}
+        waiting = self._late_lines.splitlines(keepends=True)
+        self._late_lines = b"".join(line for line in waiting if _step_of(line) <= after_step)
         file = self.path / METRICS
         if file.exists():
             content = file.read_bytes()
@@ -249,9 +261,7 @@ class RunDirectory:
             else:
                 replace(file, kept)
         for file in (*self.evaluations.glob("*.jsonl"), *self.spikes.glob("*.jsonl")):
-            step = re.fullmatch(r".*-(\d+)", file.stem)
-            kept = file.parent == self.spikes and step and int(step[1]) in spikes
-            if step and int(step[1]) > after_step and not kept:
+            if not stays(file):
                 file.unlink()
 
     def problems(self) -> list[str]:
