@@ -137,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batches", type=int, default=2, help=f"of {ROWS} rows of {LENGTH} tokens")
+    parser.add_argument("--batches", type=int, default=1, help=f"of {ROWS} rows of {LENGTH} tokens")
     parser.add_argument("--rounds", type=int, default=5, help="how often each side is timed")
     parser.add_argument("--out", type=Path, metavar="F.json", help="where the figures go too")
     arguments = parser.parse_args()

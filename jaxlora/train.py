@@ -48,7 +48,8 @@ def fine_tune(
         workdir: its folder, or None for a new one named by the time.
         config_argument, overrides: what was typed, for the commands that are printed.
     Returns:
-        The exit code: 0 when finished, stopped early, diverged (as far as a run can) or saved on request.
+        The exit code: 0 when finished, stopped early, diverged (as far as a run can) or saved on request; 1 when the
+        disk did not take what came of it.
     """
     from jaxlora.core.compilation import use_persistent_cache
     from jaxlora.runs.directory import RunDirectory, default_path
@@ -156,6 +157,15 @@ def _fine_tune(
         recorder.record(end.status, end.reason, int(state.step))
         progress.say(f"{end.status.replace('_', ' ')}: {end.reason}")
         _tell_outcome(run, progress, command)
+        lost: list[Any] = recorder.unwritten()
+        if end.status == "preempted" and int(state.step) not in checkpoints.steps():
+            lost.append(f"the checkpoint of step {int(state.step)}")
+        if lost:
+            progress.say(
+                f"not written: {', '.join(map(str, lost))}.\nMake room, and repeat the command: it goes on after the "
+                "newest whole checkpoint."
+            )
+            return cli.EXIT_FAILED
     return cli.EXIT_OK
 
 

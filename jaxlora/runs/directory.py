@@ -238,6 +238,18 @@ class RunDirectory:
             spikes: steps whose rows stay in spikes/ all the same: they were gone back from, and won't come again.
         """
         self.resumed_after = after_step
+
+        def stays(file: Path) -> bool:
+            step = re.fullmatch(r".*-(\d+)", file.stem)
+            return (
+                not step
+                or int(step[1]) <= after_step
+                or (file.parent == self.spikes and int(step[1]) in spikes)
+            )
+
+        self._late = {file: content for file, content in self._late.items() if stays(file)}
+        waiting = self._late_lines.splitlines(keepends=True)
+        self._late_lines = b"".join(line for line in waiting if _step_of(line) <= after_step)
         file = self.path / METRICS
         if file.exists():
             content = file.read_bytes()
@@ -249,15 +261,18 @@ class RunDirectory:
             else:
                 replace(file, kept)
         for file in (*self.evaluations.glob("*.jsonl"), *self.spikes.glob("*.jsonl")):
-            step = re.fullmatch(r".*-(\d+)", file.stem)
-            kept = file.parent == self.spikes and step and int(step[1]) in spikes
-            if step and int(step[1]) > after_step and not kept:
+            if not stays(file):
                 file.unlink()
 
     def problems(self) -> list[str]:
         """What could not be written since the last call, one line each; what is still unwritten is tried again."""
         found, self._problems = self._problems, []
         return found
+
+    def unwritten(self) -> list[Path]:
+        """The files whose newest content waits for room, after one more try."""
+        self._flush_late()
+        return [*self._late, *([self.path / METRICS] if self._late_lines else [])]
 
     def close(self) -> None:
         """Writes what is left and gives the lock back."""

@@ -35,8 +35,8 @@ class Program:
         batch: step number -> its batch on the devices.
         total_steps: the last step.
         rollback: carries a rollback out: (verdict, any state of the run) -> the state to go on from.
-        asked_to_leave: takes the number of the step just made, at every step; whether someone asked the run to save
-            and end.
+        asked_to_leave: takes the number of steps made, at every step, rising by one; whether someone asked the run to
+            save and end.
     """
 
     step: Callable[[TrainState, Any, Mapping[str, Any]], tuple[TrainState, Any]]
@@ -62,6 +62,7 @@ def train(program: Program, state: TrainState, standing: Standing, events: Event
         The last state, and why the loop ended: status "finished", "stopped_early", "diverged" or "preempted".
     """
     total, step = program.total_steps, int(state.step)
+    asked, made = False, step  # steps that were gone back from count as made: each number is asked about once
     unseen: collections.deque[tuple[int, Any]] = collections.deque()
     clock: float | None = None  # when the step before was seen; None after anything but a step
 
@@ -70,14 +71,15 @@ def train(program: Program, state: TrainState, standing: Standing, events: Event
     batch: Any = program.batch(step + 1) if step < total else None
     while step < total:
         # ---- the step, and the next batch while it runs
-        step += 1
+        step, made = step + 1, made + 1
         clock = clock or time.monotonic()
         state, sums = program.step(state, program.base, batch)
         unseen.append((step, sums))
         batch = program.batch(step + 1) if step < total else None
 
         # ---- guard and log: every step, one behind unless this one is a milestone
-        leaving = step == total or program.asked_to_leave(step)
+        asked = asked or program.asked_to_leave(made)
+        leaving = step == total or asked
         milestone = leaving or events.evaluate.due(StepInfo(step, total, {})) or step % events.save.every == 0
         verdict: Stop | Rollback | None = None
         while len(unseen) > (0 if milestone else 1) and verdict is None:

@@ -119,6 +119,10 @@ class Recorder:
         )
         self.tell_problems()
 
+    def unwritten(self) -> list[Path]:
+        """The adapters and files that could not be written until now."""
+        return [*self._unwritten, *self.run.unwritten()]
+
     def tell_problems(self) -> None:
         """Says what could not be written since the last time."""
         for line in (*self.checkpoints.problems(), *self.run.problems(), *self.writers.problems()):

@@ -63,7 +63,7 @@ class Disk:
         self._filler = folder / "somebody else's files"
 
     def fill(self) -> None:
-        with self._filler.open("wb", buffering=0) as stream:
+        with self._filler.open("ab", buffering=0) as stream:
             try:
                 while True:
                     stream.write(bytes(4096))
@@ -118,8 +118,8 @@ def test_a_disk_that_is_full_for_some_steps(command, undisturbed, project: Proje
 
 
 @pytest.mark.slow
-def test_killed_while_the_disk_is_full(command, undisturbed, project: Project, disk):
-    """It goes on from the last checkpoint that was whole; while there is no room, the command says so and leaves."""
+def test_killed_while_the_disk_is_full_and_full_to_the_end(command, undisturbed, project: Project, disk):
+    """It goes on from the last whole checkpoint; it ends with 1 when there is no room, and with 0 when there is."""
     workdir, best = disk.folder / "run", best_of(undisturbed)
     arguments = project.arguments(workdir, **SETTINGS)
     start_and_stop(command, arguments, [best - 1, best + 4])
@@ -130,12 +130,20 @@ def test_killed_while_the_disk_is_full(command, undisturbed, project: Project, d
     saved = steps_saved(workdir)
     assert 0 < saved[-1] < best - 1
 
-    assert command.run(arguments) == 2, command.output
-    assert f"error: cannot write the run folder {workdir} (No space left on device)" in command.output
-    assert steps_saved(workdir) == saved
+    disk.free()
+    start_and_stop(command, arguments, [3])
+    disk.fill()
+    go_on(command)
+    assert command.wait() == 1, command.output
+    assert f"going on after step {saved[-1]}\n" in command.output
+    (line,) = (line for line in command.output.splitlines() if line.startswith("not written: "))
+    for file in ("best", "last", "record.json", "metrics.jsonl"):
+        assert str(workdir / file) in line
+    assert "Traceback" not in command.output
+
     disk.free()
     assert command.run(arguments) == 0, command.output
-    assert f"going on after step {saved[-1]}\n" in command.output
+    assert "going on after step" in command.output
     assert_same(workdir, undisturbed)
 
 

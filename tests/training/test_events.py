@@ -1,4 +1,4 @@
-"""Guard, log, save: each alone, on invented numbers."""
+"""Log, save: each alone, on invented numbers."""
 
 import json
 
