@@ -32,6 +32,7 @@ OPTIONS = {
     "eval.generate": "--generate",
     "eval.max_new_tokens": "--max-new-tokens",
     "lora.init_from": "--adapter",
+    "mesh.fsdp=-1 --config.mesh.data=1": "--shard-base",
 }
 """Config keys -> the options of this command, for what lower rooms say about a key."""
 
@@ -194,7 +195,7 @@ def _evaluate(arguments: Namespace) -> int:
         with progress.stage("starting JAX"):
             import jax
 
-            from jaxlora.config.build import evaluation, generation, inputs, programs, wiring
+            from jaxlora.config.build import evaluation, generation, inputs, memory, wiring
             from jaxlora.core.compilation import use_persistent_cache
 
             use_persistent_cache()
@@ -226,7 +227,8 @@ def _evaluate(arguments: Namespace) -> int:
 
         loras = [lora, {}] if arguments.with_base else [lora]
         with progress.stage("compiling the evaluation step"):
-            steps = programs.compile_evaluation(config, model, loras)
+            fitted = memory.fit_evaluation(config, model, loras, answers, say)
+        data = memory.with_eval_rows(data, fitted.eval_rows)
         scored = [
             evaluation.score(
                 step,
@@ -239,7 +241,7 @@ def _evaluate(arguments: Namespace) -> int:
                 config.eval.answer_pattern,
                 progress,
             )
-            for step, lora in zip(steps, loras, strict=True)
+            for step, answers, lora in zip(fitted.steps, fitted.answers, loras, strict=True)
         ]
         before = _in_training(chosen, config, data, say)
 
@@ -296,6 +298,7 @@ def _print_json(chosen: Chosen, config: Config, data: "HeldOut", scored: Sequenc
         "dtype": config.model.dtype,
         "run": chosen.run.path if chosen.run else None,
         "step": chosen.step,
+        **({"averaged": chosen.averaged} if chosen.averaged else {}),
         "adapter": chosen.folder,
         "data": [part.name for part in data.eval_source.parts],
         "fingerprint": data.eval_source.fingerprint,

@@ -94,9 +94,21 @@ def _export(arguments: Namespace) -> int:
             from jaxlora.runs.files import new_folder
 
             files, spec = exporting.base(source, weights=merged)
-            adapter, lora = exporting.adapter(source, files, spec)
+            if not source.averaged:
+                adapter, lora = exporting.adapter(source, files, spec)
+        nll = None
+        if source.averaged:
+            adapter, lora, nll = exporting.averaged(source, progress)
         export = Export(
-            merged, files.name, files.revision, lora, source.run, source.step, str(source.folder or "")
+            merged,
+            files.name,
+            files.revision,
+            lora,
+            source.run,
+            source.step,
+            str(source.folder or ""),
+            source.averaged,
+            nll,
         )
         progress.say(f"exporting {source.description}")
         try:
@@ -119,7 +131,7 @@ def _export(arguments: Namespace) -> int:
 def _tell(export: "Export", out: Path, progress: "Progress") -> None:
     """Where it is, how large, and how to load it."""
     from jaxlora.models.shards import gigabytes
-    from jaxlora.runs.card import transformers_code, vllm_command, vllm_refusal
+    from jaxlora.runs.card import averaged_nll, transformers_code, vllm_command, vllm_refusal
 
     sizes = [file.stat().st_size for file in out.rglob("*") if file.is_file()]
     path = str(out)
@@ -129,6 +141,7 @@ def _tell(export: "Export", out: Path, progress: "Progress") -> None:
     rows = [
         ("folder", path),
         ("size", f"{gigabytes(sum(sizes))} in {len(sizes)} files"),
+        *([("eval nll", told)] if (told := averaged_nll(export)) else []),
         ("try it", f"python -m jaxlora.generate {which}"),
         *zip(("transformers", *[""] * len(code)), code, strict=False),
         ("vLLM", served or vllm_refusal(export)),

@@ -75,7 +75,7 @@ def _fine_tune(
     with progress.stage("starting JAX"):
         import jax
 
-        from jaxlora.config.build import guarding, inputs, programs, wiring
+        from jaxlora.config.build import guarding, inputs, memory, programs, wiring
         from jaxlora.parallel import processes
         from jaxlora.runs.checkpoints import Checkpoints
         from jaxlora.runs.directory import RunDirectory
@@ -99,6 +99,13 @@ def _fine_tune(
     if run:
         _check_same_data(run, facts["data"])
     progress.total_steps = total
+
+    # ---- compile, and refuse what does not fit, before the base is loaded
+    with progress.stage("compiling training, evaluation and answers"):
+        shapes = programs.state_shapes(config, model, total)
+        fitted = memory.fit(config, model, shapes, answers, progress)
+    compiled, answers = fitted.programs, fitted.answers
+    data = memory.with_eval_rows(data, fitted.config.eval.batch_size)
     with progress.stage("loading the base") as stage:
         base = inputs.base(model, stage)
     with progress.stage("making the adapter"):
@@ -122,18 +129,14 @@ def _fine_tune(
                 else "starting afresh: nothing was saved yet"
             )
 
-        # ---- compile, and say what is going to happen
-        with progress.stage("compiling the training and evaluation steps"):
-            compiled = programs.compile_programs(config, model, state)
-        _tell_plan(config, model, data, state, total, path, command, progress)
-
         # ---- train
+        _tell_plan(config, model, data, state, total, str(fitted), path, command, progress)
         recorder = Recorder(
             run, writers, checkpoints, standing, programs.lora_spec(config), model.files, facts, progress.say
         )
         writers.hparams(to_dict(config))
         recorder.record("running", None)
-        evaluator = wiring.evaluator(config, model, data, compiled, base, answers, progress)
+        evaluator = wiring.evaluator(fitted.config, model, data, compiled, base, answers, progress)
         events = wiring.events(config, data, total, evaluator, recorder, progress)
         put = programs.put_batch(model, config.train.batch_size // config.train.micro_batch_size)
         batch = guarding.batches(data, put, standing)
@@ -229,6 +232,7 @@ def _tell_plan(
     data: "Data",
     state: "TrainState",
     total: int,
+    memory: str,
     path: Path,
     command: str,
     progress: "Progress",
@@ -255,6 +259,7 @@ def _tell_plan(
             f"{_adapter(spec)}: {trained:,} trainable parameters ({trained / frozen:.2%})",
         ),
         ("devices", f"{devices.size} x {devices.flat[0].device_kind} (mesh: {mesh})"),
+        ("memory", memory),
         (
             "data",
             f"{len(train.examples):,} examples in {len(train.rows):,} rows of {config.data.max_length} "

@@ -4,11 +4,12 @@ An adapter has, for each adapted kernel `.../NAME/kernel` [L, in, out] of the ba
 and `.../NAME/b` [L, R, out], float32. DoRA adds magnitudes (see `variants`).
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlora.core.prng import named
 from jaxlora.core.tree import Path, leaves, map_leaves, unflatten
@@ -73,6 +74,27 @@ def scale(adapter: Mapping[str, Any], factor: Factor) -> dict[str, Any]:
         return x * (factor[path[-2]] if isinstance(factor, Mapping) else factor)
 
     return map_leaves(leaf, adapter)
+
+
+def mean(adapters: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of an adapter's parameters (a, b, DoRA's m) at several steps of one training.
+
+    Not the mean of the products: that of K products a b has rank K R and is no adapter of rank R. Along one trajectory
+    the parameters themselves may be averaged, as of any network (stochastic weight averaging): its late points lie
+    around one minimum, and all of them know the same latent dimensions, the ones that training started with. Adapters
+    of different trainings do not, and their parameters have no meaningful mean.
+
+    Args:
+        adapters: of one form, at least one.
+    Returns:
+        float32 NumPy arrays, summed in float64; of one adapter, itself.
+    Source: Izmailov et al. 2018, section 3.
+    """
+
+    def leaf(*values: Any) -> np.ndarray:
+        return np.asarray(np.mean(np.stack(values), axis=0, dtype=np.float64), np.float32)
+
+    return jax.tree.map(leaf, *jax.device_get(list(adapters)))
 
 
 def modules(adapter: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:

@@ -33,6 +33,8 @@ class Export:
         run: where the adapter comes from; None for an adapter of unknown origin.
         step: the step of the run that it is from; None when unknown.
         source: the adapter's folder, where there is no run.
+        averaged: the steps of the run that it is the mean of, the best first; () for a single one.
+        nll: eval nll of that mean.
     """
 
     merged: bool
@@ -42,6 +44,8 @@ class Export:
     run: RunDirectory | None = None
     step: int | None = None
     source: str = ""
+    averaged: tuple[int, ...] = ()
+    nll: float | None = None
 
 
 def transformers_code(export: Export, folder: str) -> list[str]:
@@ -82,6 +86,16 @@ def vllm_refusal(export: Export) -> str:
     """Why there is no `vllm_command`, and what to do."""
     reason = "DoRA adapters" if export.spec.use_dora else f"a rank above {_VLLM_RANKS[-1]}"
     return f"vLLM does not load {reason}: export with --to merged for it"
+
+
+def averaged_nll(export: Export) -> str:
+    """ "1.2345 (the mean of steps 400, 300); 1.2400 (the best alone, step 400)"; "" where nothing was averaged."""
+    if export.nll is None or export.run is None:
+        return ""
+    best = export.run.record.get("best") or {}
+    alone = best.get("eval/nll")
+    told = f"{export.nll:.4f} (the mean of steps {', '.join(f'{step:,}' for step in export.averaged)})"
+    return told if alone is None else f"{told}; {alone:.4f} (the best alone, step {best['step']:,})"
 
 
 def model_card(export: Export, name: str) -> str:
@@ -153,8 +167,14 @@ def _of_run(export: Export, run: RunDirectory) -> list[str]:
         record.get("status", "not begun").replace("_", " "),
     ]
     versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
+    which = f"the adapter of run `{run.name}`{at}"
+    if export.averaged:
+        steps = ", ".join(f"{step:,}" for step in export.averaged)
+        which = f"the mean of the adapters of run `{run.name}` at its best evaluations (steps {steps})"
+    averaged = averaged_nll(export)
     return [
-        f"It is the adapter of run `{run.name}`{at}. The run: {', '.join(filter(None, facts))}.",
+        f"It is {which}. The run: {', '.join(filter(None, facts))}.",
+        *((f"Its nll on the run's held-out data: {averaged}.",) if averaged else ()),
         "## Data",
         _data(run),
         "## Settings",
@@ -205,9 +225,11 @@ def _curve(export: Export, run: RunDirectory, best: int | None) -> list[str]:
     ]
     marks = {best: ["best"]}
     marks.setdefault(export.step, []).append("exported")
+    for step in export.averaged:
+        marks.setdefault(step, []).append("averaged")
     rows = [
         (f"{step:,}", *(_number(lines[step], name) for name in names), ", ".join(marks.get(step, ())))
-        for step in thinned(sorted(lines), {best, export.step})
+        for step in thinned(sorted(lines), {best, export.step, *export.averaged})
     ]
     return ["## Evaluation", "On the held-out data, eval/nll in nats per trained token:",
             _table(("step", *names, ""), rows)]  # fmt: skip

@@ -17,7 +17,7 @@ import shutil
 import sys
 import warnings
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +48,13 @@ class Restored:
 
 
 class Checkpoints:
-    """The newest few checkpoints of a run, and the best.
+    """The newest few checkpoints of a run, and those that its caller still needs.
 
     Args:
         folder: where they are kept, one subfolder a step.
-        keep: how many of the newest stay. The newest one saved as best stays besides.
+        keep: how many of the newest stay. Those that `save` is told to keep stay besides.
         read_only: whether nothing in the folder is changed, for a look at a run that may be alive: a damaged checkpoint
             stays where it is.
-    Attributes:
-        held: steps that stay besides, whatever their number; to be set before a save.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2, read_only: bool = False):
@@ -64,15 +62,16 @@ class Checkpoints:
             raise ValueError(f"keep is {keep}; at least one checkpoint must stay")
         self.folder = Path(folder).absolute()
         self.skipped: list[str] = []
-        self.held: Collection[int] = ()
         self._keep, self._read_only = keep, read_only
         self._manager: Any = None
-        self._best: int | None = None
-        self._previous_best: int | None = None
+        self._kept: frozenset[int] = frozenset()
+        self._previously_kept: frozenset[int] = frozenset()
         self._pending: int | None = None
         self._problems: list[str] = []
 
-    def save(self, step: int, state: Any, host: Mapping[str, Any] | None = None, best: bool = False) -> None:
+    def save(
+        self, step: int, state: Any, host: Mapping[str, Any] | None = None, kept: Collection[int] = ()
+    ) -> None:
         """Starts saving `state` and returns when it may be donated or changed; the writing goes on behind.
 
         A step that is saved already is left alone when it holds the same, and replaced when not. A save that fails,
@@ -82,7 +81,8 @@ class Checkpoints:
             step: the number of optimizer steps done.
             state: a pytree of JAX arrays, sharded or not.
             host: a small dict of JSON values (tuples come back as lists).
-            best: whether this is the best state so far: kept until a later one is.
+            kept: the steps whose checkpoints stay besides the newest few, as far as they are there: the best ones, the
+                one to roll back to. Whatever is in none of the two goes when this save is complete.
         Raises:
             TypeError: a leaf is no JAX array, or `host` no JSON.
         """
@@ -92,13 +92,10 @@ class Checkpoints:
         described = {name: [str(leaf.dtype), list(leaf.shape), sums[name]] for name, leaf in leaves.items()}
         content = {"host": dict(host or {}), "leaves": described}
         _checksum(content)  # a host dict that is no JSON is the caller's mistake, not a failed save
-        self._previous_best = self._best
+        self._previously_kept, self._kept = self._kept, frozenset(kept)
         try:
             manager = self._open()
-            self._best = self._previous_best = self._best_step()
-            if best:
-                self._best = step
-            content["best"] = self._best
+            content["kept"] = sorted(self._kept)
             content["checksum"] = _checksum(content)
             if step in manager.all_steps():
                 if self._holds(step, content):
@@ -163,8 +160,6 @@ class Checkpoints:
         for step in self.steps():
             if step > after_step:
                 self._open().delete(step)
-        self._best = None
-        self._best = self._best_step()
 
     def problems(self) -> list[str]:
         """The saves that failed since the last call, one line each. Never waits for a save in progress."""
@@ -227,9 +222,7 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=_newest_and(
-                        checkpoint_managers, self._keep, lambda: {self._best, *self.held}
-                    ),
+                    preservation_policy=_newest_and_kept(checkpoint_managers, self._keep, lambda: self._kept),
                     cleanup_tmp_directories=not self._read_only,
                     read_only=self._read_only,
                     save_root_metadata=False,
@@ -255,7 +248,7 @@ class Checkpoints:
             "the ones before are untouched, and the next save tries again"
         )
         self._pending = None
-        self._best = self._previous_best
+        self._kept = self._previously_kept
         manager, self._manager = self._manager, None  # its list of steps no longer tells what is on disk
         with contextlib.suppress(Exception):  # it fails with the error just told
             if manager is not None:
@@ -277,7 +270,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         content = self._open().restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore())).host
-        if _checksum({key: content[key] for key in ("host", "best", "leaves")}) != content["checksum"]:
+        if _checksum({key: content[key] for key in content if key != "checksum"}) != content["checksum"]:
             raise ValueError("its checksum does not match")
         return content
 
@@ -286,17 +279,6 @@ class Checkpoints:
             return self._content(step)["checksum"] == content["checksum"]
         except Exception:  # damaged, then: it is to be replaced
             return False
-
-    def _best_step(self) -> int | None:
-        """The newest best step, as the newest readable checkpoint tells it when this process has saved none."""
-        if self._best is None:
-            for step in sorted(self._open().all_steps(), reverse=True):
-                try:
-                    self._best = self._content(step)["best"]
-                    break
-                except Exception:  # damaged; `restore` will tell
-                    continue
-        return self._best
 
     def _load(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         import orbax.checkpoint as ocp
@@ -318,12 +300,12 @@ class Checkpoints:
         ]
 
 
-def _newest_and(policies: Any, keep: int, others: Any) -> Any:
-    class Others(policies.PreservationPolicy):
+def _newest_and_kept(policies: Any, keep: int, kept: Callable[[], Collection[int]]) -> Any:
+    class Kept(policies.PreservationPolicy):
         def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-            return [checkpoint.step in others() for checkpoint in checkpoints]
+            return [checkpoint.step in kept() for checkpoint in checkpoints]
 
-    return policies.AnyPreservationPolicy([policies.LatestN(n=keep), Others()])
+    return policies.AnyPreservationPolicy([policies.LatestN(n=keep), Kept()])
 
 
 @functools.cache

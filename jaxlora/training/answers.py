@@ -1,10 +1,12 @@
 """Held-out prompts answered during training, and what is told of the answers."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -41,7 +43,8 @@ class Answer(NamedTuple):
 class Answers:
     """Answers the last assistant turn of held-out conversations, greedily, with one compiled program.
 
-    All batches have one shape: rows in the order of the prompts' lengths, the longest prompt, max_new_tokens.
+    All batches have one shape: rows in the order of the prompts' lengths, the longest prompt, max_new_tokens. The
+    program is compiled by the first answer, or before it by `lower` and `compiled`.
 
     Args:
         decoder: the model.
@@ -53,6 +56,7 @@ class Answers:
         mesh: where base and adapter live.
     Attributes:
         left_out: conversations whose prompt is too long.
+        batch_size: B.
     Raises:
         InputError: there is no conversation that can be answered.
     """
@@ -87,7 +91,7 @@ class Answers:
             )
         self._ids, self._prompts, self._references = zip(*kept, strict=True)
         self._order = np.argsort([len(ids) for ids in self._ids], kind="stable")
-        self._tokenizer, self._rows, self._mesh = encoder.tokenizer, batch_size, mesh
+        self._tokenizer, self.batch_size, self._mesh = encoder.tokenizer, batch_size, mesh
         self._length = bucket(max(len(ids) for ids in self._ids))
         self._stop_ids = np.asarray(encoder.end_of_turn_ids, np.int32)
         answer = partial(
@@ -96,11 +100,34 @@ class Answers:
             max_new_tokens=max_new_tokens,
             cache_sharding=cache_sharding(mesh, decoder.spec.num_kv_heads),
         )
-        platform = mesh.devices.flat[0].platform
-        self._program = jax.jit(answer, compiler_options=compiler_options(platform))
+        options = compiler_options(mesh.devices.flat[0].platform)
+        self._jitted = jax.jit(answer, compiler_options=options)
+        self._program: Callable[..., Any] = self._jitted
 
     def __len__(self) -> int:
         return len(self._ids)
+
+    def lower(
+        self, lora: Mapping[str, Any], base: Mapping[str, Any], batch_size: int | None = None
+    ) -> jax.stages.Lowered:
+        """The program for adapters of this form, ready to be compiled (it brings its own compiler options).
+
+        Args:
+            lora, base: as for `answer`, or their placed shapes.
+            batch_size: another B than this one's.
+        """
+        count, rows = batch_size or self.batch_size, batch_sharding(self._mesh, micro_batches=False)
+        tokens, numbers = (
+            jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+            for shape in ((count, self._length), (count,))
+        )
+        return self._jitted.lower(base, lora, tokens, numbers, *self._rest(), numbers)
+
+    def compiled(self, program: Callable[..., Any], batch_size: int) -> "Answers":
+        """The same prompts, answered by a program that came from `lower` for this batch size."""
+        made = copy.copy(self)
+        made._program, made.batch_size = program, batch_size
+        return made
 
     def answer(
         self,
@@ -118,15 +145,11 @@ class Answers:
             One answer a prompt, in the order of the conversations.
         """
         found: dict[int, Answer] = {}
-        rows = batch_sharding(self._mesh, micro_batches=False)
-        whole = NamedSharding(self._mesh, PartitionSpec())
-        rest = jax.device_put(
-            (self._stop_ids, Sampling(np.float32(0), np.float32(1)), jax.random.key(0)), whole
-        )
-        for start in range(0, len(self), self._rows):
-            members = self._order[start : start + self._rows]
-            tokens, padding = left_pad([self._ids[i] for i in members], self._rows, self._length)
-            numbers = np.resize(members, self._rows).astype(np.int32)
+        rows, count, rest = batch_sharding(self._mesh, micro_batches=False), self.batch_size, self._rest()
+        for start in range(0, len(self), count):
+            members = self._order[start : start + count]
+            tokens, padding = left_pad([self._ids[i] for i in members], count, self._length)
+            numbers = np.resize(members, count).astype(np.int32)
             batch = jax.device_put((tokens, padding), rows)
             answered = self._program(base, lora, *batch, *rest, jax.device_put(numbers, rows))
             ids, lengths, ended = jax.device_get(answered)
@@ -136,8 +159,13 @@ class Answers:
                 exact = text.strip() == reference.strip()
                 found[int(i)] = Answer(self._prompts[i], reference, text, exact, int(length), bool(end))
             if progress:
-                progress(min(start + self._rows, len(self)), len(self))
+                progress(min(start + count, len(self)), len(self))
         return [found[i] for i in range(len(self))]
+
+    def _rest(self) -> tuple[Any, ...]:
+        """Stop ids, sampling and key: what is the same for all batches."""
+        values = (self._stop_ids, Sampling(np.float32(0), np.float32(1)), jax.random.key(0))
+        return jax.device_put(values, NamedSharding(self._mesh, PartitionSpec()))
 
 
 def scores(answers: Sequence[Answer], metrics: Sequence[str], pattern: str) -> dict[str, float]:

@@ -154,23 +154,22 @@ class Log:
 
 @dataclasses.dataclass
 class Save:
-    """Saves the state every `every` steps, at every new best, and when the run leaves.
+    """Saves the state every `every` steps, at every evaluation that is among the best few, and when the run leaves.
 
     Attributes:
-        save: takes (step, state, whether it is the best).
+        save: takes (step, state).
     """
 
     standing: Standing
     every: int
-    save: Callable[[int, TrainState, bool], None]
+    save: Callable[[int, TrainState], None]
 
     def __call__(self, info: StepInfo) -> None:
-        best = self.standing.best is not None and self.standing.best["step"] == info.step
+        among_best = any(best["step"] == info.step for best in self.standing.bests)
         calendar = info.step % self.every == 0
-        if info.state is not None and (calendar or best or info.leaving):
+        if info.state is not None and (calendar or among_best or info.leaving):
             if calendar:
-                bests = [self.standing.best] if self.standing.best else []
                 self.standing.good = info.step
-                steps = [info.step - self.every, *(one["step"] for one in (*bests, *self.standing.bests))]
+                steps = [info.step - self.every, *(one["step"] for one in self.standing.bests)]
                 self.standing.held = sorted({info.step, *(int(step) for step in steps if step > 0)})
-            self.save(info.step, info.state, best)
+            self.save(info.step, info.state)

@@ -74,14 +74,17 @@ class Recorder:
         """The state's adapter becomes last/."""
         self._adapter(self.run.last, state)
 
-    def save(self, step: int, state: TrainState, best: bool) -> None:
-        """A checkpoint, adapter last/, and the record. The time so far goes into the standing first."""
+    def save(self, step: int, state: TrainState) -> None:
+        """A checkpoint, adapter last/, and the record. The time so far goes into the standing first.
+
+        The checkpoints of the best few evaluations stay besides the newest, and the one to roll back to.
+        """
         now = time.monotonic()
         self.standing.seconds += now - self.began
         self.began = now
-        self.checkpoints.held = self.standing.held
         if step > 0:
-            self.checkpoints.save(step, state, self.standing.to_json(), best)
+            kept = {int(best["step"]) for best in self.standing.bests} | {*self.standing.held}
+            self.checkpoints.save(step, state, self.standing.to_json(), kept)
         self.last(state)  # and best/, if that waits
         self.record("running", None, step)
 

@@ -3,8 +3,10 @@
 import asyncio
 import functools
 import gc
+import json
 import shutil
 import subprocess
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,18 +107,35 @@ def test_a_sharded_state_comes_back_on_any_mesh(tmp_path):
             assert restored.state["w"].sharding.is_equivalent_to(like["w"].sharding, 3)
 
 
-def test_the_newest_few_and_the_best_are_kept(tmp_path):
+def test_the_newest_few_are_kept_and_those_that_are_needed(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step in range(1, 7):
-            checkpoints.save(step, make_state(step), best=step in (1, 3))
-        assert checkpoints.steps() == [3, 5, 6]
-    with Checkpoints(tmp_path, keep=2) as reopened:  # it still knows which was best
-        reopened.save(7, make_state(7))
-        assert reopened.steps() == [3, 6, 7]
-        reopened.save(8, make_state(8), best=True)
-        reopened.save(9, make_state(9))
-        reopened.save(10, make_state(10))
+            checkpoints.save(step, make_state(step), kept={0, 1, min(step, 3)})  # there is no step 0
+        assert checkpoints.steps() == [1, 3, 5, 6]
+    with Checkpoints(tmp_path, keep=2) as reopened:
+        reopened.save(7, make_state(7), kept=[3, 5])
+        assert reopened.steps() == [3, 5, 6, 7]
+        reopened.save(8, make_state(8), kept={8})
+        reopened.save(9, make_state(9), kept={8})
+        reopened.save(10, make_state(10), kept={8})
         assert reopened.steps() == [8, 9, 10]
+        reopened.save(11, make_state(11))
+        assert reopened.steps() == [10, 11]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path):
+    """Its content named the best step, and nothing else that is kept."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, make_state(5), {"n": 1})
+    file = tmp_path / "5" / "host" / "metadata"
+    content = json.loads(file.read_text())
+    old = {"host": content["host"], "best": 5, "leaves": content["leaves"]}
+    checksum = zlib.crc32(json.dumps(old, sort_keys=True).encode())
+    for written, step in ((old | {"checksum": checksum}, 5), (old | {"best": 4, "checksum": checksum}, None)):
+        file.write_text(json.dumps(written))
+        with Checkpoints(tmp_path, read_only=True) as checkpoints:
+            restored = checkpoints.restore(make_state(0))
+            assert (restored and restored.step) == step, checkpoints.skipped
 
 
 def test_a_step_saved_twice_holds_the_later_state(tmp_path):
@@ -128,7 +147,7 @@ def test_a_step_saved_twice_holds_the_later_state(tmp_path):
         checkpoints.save(2, make_state(2), {"n": 1})
         checkpoints.wait()
         assert (tmp_path / "2" / "host").stat().st_mtime_ns == before  # the same: not written again
-        checkpoints.save(2, make_state(9), {"n": 2}, best=True)
+        checkpoints.save(2, make_state(9), {"n": 2}, kept={2})
         assert checkpoints.problems() == []
         restored = checkpoints.restore(make_state(0))
         assert restored is not None
@@ -150,11 +169,11 @@ def test_a_replacement_that_was_interrupted_is_undone(tmp_path):
 def test_later_checkpoints_can_be_dropped(tmp_path):
     with Checkpoints(tmp_path, keep=5) as checkpoints:
         for step in range(1, 6):
-            checkpoints.save(step, make_state(step), best=step in (2, 4))
+            checkpoints.save(step, make_state(step), kept={2, 4})
         checkpoints.truncate(after_step=3)
         assert checkpoints.steps() == [1, 2, 3]
         for step in range(4, 10):
-            checkpoints.save(step, make_state(step))
+            checkpoints.save(step, make_state(step), kept={2})
         assert checkpoints.steps() == [2, 5, 6, 7, 8, 9]
 
 
@@ -270,11 +289,11 @@ def test_when_every_checkpoint_is_damaged_nothing_is_restored_and_all_are_told(t
 def test_a_save_that_finds_the_disk_full_is_told_and_harms_nothing(tmp_path, full_disk):
     big = {"w": jax.random.normal(jax.random.key(0), (300, 300))}
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(1, big, best=True)
+        checkpoints.save(1, big)
         checkpoints.wait()
         for step in (2, 3):
             with full_disk(10_000):
-                checkpoints.save(step, big, best=True)
+                checkpoints.save(step, big, kept={step})
                 checkpoints.wait()
             (problem,) = checkpoints.problems()
             assert f"the checkpoint of step {step} could not be saved" in problem
@@ -285,9 +304,9 @@ def test_a_save_that_finds_the_disk_full_is_told_and_harms_nothing(tmp_path, ful
         restored = checkpoints.restore(big)
         assert restored is not None
         assert restored.step == 1
-        checkpoints.save(3, big)
+        checkpoints.save(3, big, kept={1})
         assert checkpoints.problems() == []
-        assert checkpoints.steps() == [1, 3]  # 1 is still the best: 2 and 3 never became it
+        assert checkpoints.steps() == [1, 3]
 
 
 def test_a_real_full_disk(tmp_path):

@@ -47,7 +47,7 @@ def main(folder: str, pace: float) -> None:
                     host = {"best": [step, float(losses.mean())]}
                     run.update_record(best={"step": step, "eval/nll": losses.mean()})
             if step % SAVE == 0 or step == STEPS:
-                checkpoints.save(step, state, host, best=host["best"] is not None and host["best"][0] == step)
+                checkpoints.save(step, state, host, kept=host["best"][:1] if host["best"] else ())
         checkpoints.wait()
         assert checkpoints.problems() == run.problems() == []
         run.update_record(status="finished", resumed_from=0, last={"sum": state["w"].sum()})

@@ -85,6 +85,16 @@ RUNS: dict[str, dict[str, Any]] = {
         "lora__scaling": "rslora",
         "lora__targets": "q_proj,down_proj,k_proj",
     },
+    # Saved at no other step than those of its three best evaluations, which take more memory than there is.
+    "few": {
+        "train__max_steps": 8,
+        "eval__every": 2,
+        "eval__batch_size": 64,
+        "mesh__memory_gb": 0.006,
+        "checkpoint__every": 100,
+        "checkpoint__keep": 1,
+        "checkpoint__best": 3,
+    },
     "cut": {"mesh__data": 1, "mesh__fsdp": 8, "lora__targets": "q_proj"},
 }
 """Runs that other commands are pointed at: what each changes in `SETTINGS`."""

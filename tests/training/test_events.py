@@ -53,11 +53,11 @@ def test_a_step_without_a_trained_token_has_no_loss():
 
 
 def test_the_last_step_is_saved_whatever_the_interval():
-    standing = Standing(best={"step": 3, "eval/nll": 1.0})
+    standing = Standing(bests=[{"step": 7, "eval/nll": 0.9}, {"step": 3, "eval/nll": 1.0}])
     saved = []
-    save = Save(standing, 400, lambda step, state, best: saved.append((step, best)))
-    for step in (1, 3, 400, 401, 1000):
+    save = Save(standing, 400, lambda step, state: saved.append(step))
+    for step in (1, 3, 5, 7, 400, 401, 1000):
         save(at(step, state=state_at(step), leaving=step in (401, 1000)))
-    assert saved == [(3, True), (400, False), (401, False), (1000, False)]
+    assert saved == [3, 7, 400, 401, 1000]
     # What the calendar saved is what can be gone back to, with what was best then; the last save is not of it.
-    assert (standing.good, standing.held) == (400, [3, 400])
+    assert (standing.good, standing.held) == (400, [3, 7, 400])

@@ -15,6 +15,8 @@ if (
 ):  # what is slow to import is imported where it is used, so that wrong input is answered at once
     from jaxlora.config.build.inputs import Model
     from jaxlora.lora.spec import LoraSpec
+    from jaxlora.runs.checkpoints import Checkpoints
+    from jaxlora.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Chosen:
         run, config: where it came from, if from a run.
         folder: the adapter as a PEFT folder, if it is one.
         step: the step of the run that the adapter is from; None when unknown.
+        averaged: the steps of the run that the adapter is the mean of, the best first; () for a single one.
     """
 
     model: str
@@ -37,12 +40,19 @@ class Chosen:
     config: Config | None = None
     folder: Path | None = None
     step: int | None = None
+    averaged: tuple[int, ...] = ()
 
 
 def add_arguments(parser: CommandParser, dtype: bool = True) -> None:
-    """Gives a command --run, --step, --adapter, --model and, where it computes with the base, --dtype."""
+    """Gives a command --run, --step, --average-best, --adapter, --model and, where the base is computed, --dtype."""
     parser.add_argument("--run", type=Path, help="a run's folder: its base, with its adapter")
     parser.add_argument("--step", help="with --run: best, last, or the number of a kept step (best)")
+    parser.add_argument(
+        "--average-best",
+        type=int,
+        metavar="K",
+        help="with --run: the mean of the adapters of its K best evaluations",
+    )
     parser.add_argument("--adapter", type=Path, help="a PEFT adapter folder; its base is the one it names")
     parser.add_argument("--model", help="a base: Hugging Face id or local folder, bare or for --adapter")
     if not dtype:
@@ -65,9 +75,14 @@ def choose(arguments: Namespace) -> Chosen:
                 raise InputError(
                     f"--{name} does not go with --run, which has its own: leave one of them out."
                 )
-        return _of_run(arguments.run, arguments.step or "best", arguments.dtype)
-    if arguments.step is not None:
-        raise InputError("--step goes with --run: leave it out, or name the run.")
+        if arguments.average_best is None:
+            return _of_run(arguments.run, arguments.step or "best", arguments.dtype)
+        if arguments.step is not None:
+            raise InputError("--step does not go with --average-best: leave one of them out.")
+        return _average_of_run(arguments.run, arguments.average_best, arguments.dtype)
+    for option, value in (("--step", arguments.step), ("--average-best", arguments.average_best)):
+        if value is not None:
+            raise InputError(f"{option} goes with --run: leave it out, or name the run.")
     if arguments.adapter is None and arguments.model is None:
         raise InputError("name what is meant: --run FOLDER, --adapter FOLDER or --model FOLDER_OR_ID.")
     dtype = arguments.dtype or "bfloat16"
@@ -111,6 +126,34 @@ def _of_run(path: Path, step: str, dtype: str | None) -> Chosen:
     return Chosen(*of_base, told, run, config, folder, at.get("step"))
 
 
+def _average_of_run(path: Path, count: int, dtype: str | None) -> Chosen:
+    run = RunDirectory.read(path)
+    config = Config.from_dict(run.config)
+    bests = [int(best["step"]) for best in run.record.get("bests") or ()]
+    # The base before training is an evaluation like others, but no adapter that was trained.
+    kept = [step for step in bests if step]
+    if not 1 <= count <= len(kept) or bests[:count] != kept[:count]:
+        shown = ", ".join(f"{step:,}" for step in kept) or "none"
+        raise InputError(
+            f"--average-best {count}: {path} keeps the checkpoints of {len(kept)} of its best evaluations (steps "
+            f"{shown}); give a number from 1 to that.\nMore are kept by a run with a larger checkpoint.best (this one "
+            f"has {config.checkpoint.best})."
+        )
+    steps = tuple(kept[:count])
+    told = (
+        f"{config.model.path} with the mean of the adapters of {path} at steps {', '.join(map(str, steps))}"
+    )
+    return Chosen(
+        config.model.path,
+        _trained_revision(run, config),
+        dtype or config.model.dtype,
+        told,
+        run,
+        config,
+        averaged=steps,
+    )
+
+
 def _trained_revision(run: RunDirectory, config: Config) -> str:
     """The commit of the base that the run trained on, which its adapters name: a branch may have moved since."""
     from jaxlora.models.tensors import read_json
@@ -136,22 +179,31 @@ def load(chosen: Chosen, model: "Model") -> "tuple[dict[str, Any], LoraSpec] | N
         from jaxlora.lora.peft import load_peft
 
         return load_peft(chosen.folder, model.spec)
-    if chosen.run is None or chosen.config is None or chosen.step is None:
+    steps = chosen.averaged or ((chosen.step,) if chosen.step is not None else ())
+    if chosen.run is None or chosen.config is None or not steps:
         return None
     from jaxlora.config.build import programs
+    from jaxlora.lora.tree import mean
     from jaxlora.lora.variants import ordinary
     from jaxlora.runs.checkpoints import Checkpoints
 
+    like = programs.state_shapes(chosen.config, model, 1)
     with Checkpoints(chosen.run.checkpoints, read_only=True) as checkpoints:
-        kept = checkpoints.steps()
-        if chosen.step not in kept:
-            shown = ", ".join(map(str, kept)) or "none"
-            raise InputError(
-                f"{chosen.run.path} keeps no checkpoint of step {chosen.step}; kept are: {shown} (and best, last)."
-            )
-        found = checkpoints.restore(programs.state_shapes(chosen.config, model, 1), chosen.step)
-        if found is None:
-            raise InputError(
-                f"{'; '.join(checkpoints.skipped)}. Choose another --step of {', '.join(map(str, kept))}."
-            )
-    return ordinary(found.state.adapter, programs.lora_spec(chosen.config), found.state.anchor)
+        states = [_restored(checkpoints, step, like, chosen.run.path) for step in steps]
+    # What DoRA and PiSSA start from is the same at every step.
+    adapter = mean([state.adapter for state in states])
+    return ordinary(adapter, programs.lora_spec(chosen.config), states[0].anchor)
+
+
+def _restored(checkpoints: "Checkpoints", step: int, like: "TrainState", run: Path) -> "TrainState":
+    """The state of a kept step."""
+    kept = checkpoints.steps()
+    if step not in kept:
+        shown = ", ".join(map(str, kept)) or "none"
+        raise InputError(f"{run} keeps no checkpoint of step {step}; kept are: {shown} (and best, last).")
+    found = checkpoints.restore(like, step)
+    if found is None:
+        raise InputError(
+            f"{'; '.join(checkpoints.skipped)}. Choose another --step of {', '.join(map(str, kept))}."
+        )
+    return found.state

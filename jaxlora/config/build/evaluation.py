@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from jaxlora.config.build import programs, wiring
+from jaxlora.config.build import generation, inputs, memory, programs, wiring
+from jaxlora.config.build.chosen import Chosen, load
 from jaxlora.config.build.inputs import HeldOut, Model
-from jaxlora.config.schema import MeshConfig
+from jaxlora.config.schema import Config, MeshConfig, ModelConfig
 from jaxlora.core.errors import InputError
+from jaxlora.lora.spec import LoraSpec
 from jaxlora.parallel import sharding
 from jaxlora.parallel.mesh import make_mesh
 from jaxlora.runs.progress import Progress
@@ -74,10 +76,11 @@ def score(
     """Evaluates one adapter, as a run does.
 
     Args:
-        step: of `programs.compile_evaluation`, for this adapter.
+        step: of `memory.fit_evaluation`, for this adapter.
         lora: the adapter as the decoder reads it; {} for the bare base.
         metrics: names of `METRICS` and `ANSWER_METRICS`.
-        answers: the prompts to answer besides, or None. pattern: `eval.answer_pattern`.
+        answers: the prompts to answer besides, with the program for this adapter; or None.
+        pattern: `eval.answer_pattern`.
     """
     groups = wiring.groups(data)
     evaluator = Evaluator(step, data.eval, programs.put_batch(model), metrics, groups)
@@ -91,3 +94,48 @@ def score(
         given = answers.answer(lora, base, stage)
     with progress.stage("scoring the answers"):
         return Scored(found | scores(given, metrics, pattern), per_example, columns(given), seconds)
+
+
+class Averaged(NamedTuple):
+    """A mean of adapters that was evaluated.
+
+    Attributes:
+        adapter, spec: as `chosen.load` gives them.
+        nll: of its run's held-out data.
+    """
+
+    adapter: dict[str, Any]
+    spec: LoraSpec
+    nll: float
+
+
+def averaged(chosen: Chosen, config: Config, devices: Sequence[Any], progress: Progress) -> Averaged:
+    """Evaluates a run's averaged adapter on the run's own held-out data, as the evaluate command does.
+
+    Args:
+        chosen: with `averaged`; its config is `config`.
+        devices: all there are.
+    Raises:
+        InputError: base, data or a checkpoint are gone, or the evaluation does not fit.
+    """
+    mesh = fitting_mesh(config.mesh, config.eval.batch_size, devices, progress.say)
+    model = inputs.find(ModelConfig(chosen.model, chosen.revision, chosen.dtype, config.model.remat), mesh)
+    inputs.check_rows("eval.batch_size", config.eval.batch_size, mesh)
+    read = load(chosen, model)
+    if read is None:
+        raise InputError(f"{chosen.description} has no adapter: there is nothing to average.")
+    with progress.stage("reading the held-out data") as stage:
+        encoder = inputs.encoder(model, config.data.train_on)
+        data = inputs.held_out(config, encoder, progress.say, stage)
+    with progress.stage("loading the base") as stage:
+        base = inputs.base(model, stage)
+    lora = generation.effective(model, base, *read)
+    with progress.stage("compiling the evaluation step"):
+        fitted = memory.fit_evaluation(config, model, [lora], None, progress.say)
+    data = memory.with_eval_rows(data, fitted.eval_rows)
+    evaluator = Evaluator(
+        fitted.steps[0], data.eval, programs.put_batch(model), ("nll",), wiring.groups(data)
+    )
+    progress.eval(0, data.eval.num_batches)
+    metrics, _ = evaluator(lora, base, progress.eval)
+    return Averaged(*read, metrics["eval/nll"])

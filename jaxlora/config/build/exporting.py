@@ -1,4 +1,7 @@
-"""What an export is made of: the base, looked at but not loaded, and the adapter. Accelerators are left alone."""
+"""What an export is made of: the base, looked at but not loaded, and the adapter.
+
+Accelerators are left alone, but for the evaluation of an average.
+"""
 
 from typing import Any
 
@@ -8,6 +11,7 @@ from jaxlora.lora.peft import load_peft
 from jaxlora.lora.spec import LoraSpec
 from jaxlora.models.spec import DecoderSpec
 from jaxlora.models.weights import ModelFiles, resolve_model
+from jaxlora.runs.progress import Progress
 
 
 def base(chosen: Chosen, weights: bool) -> tuple[ModelFiles, DecoderSpec]:
@@ -63,3 +67,24 @@ def adapter(chosen: Chosen, files: ModelFiles, spec: DecoderSpec) -> tuple[dict[
     if found is None:
         raise InputError(f"{chosen.description} has no adapter: there is nothing to export.")
     return found
+
+
+def averaged(chosen: Chosen, progress: Progress) -> tuple[dict[str, Any], LoraSpec, float]:
+    """Averages the adapters of a run, and evaluates their mean on its held-out data: this takes its accelerators.
+
+    Returns:
+        (adapter, spec, eval nll).
+    Raises:
+        InputError: base, data or a checkpoint are gone, or the evaluation does not fit.
+    """
+    with progress.stage("starting JAX"):
+        import jax
+
+        from jaxlora.config.build import evaluation
+        from jaxlora.core.compilation import use_persistent_cache
+
+        use_persistent_cache()
+        devices = jax.devices()
+    if chosen.config is None:
+        raise InputError(f"{chosen.description} is no run: there is nothing to average.")
+    return evaluation.averaged(chosen, chosen.config, devices, progress)

@@ -180,46 +180,75 @@ def compile_programs(config: Config, model: Model, like: TrainState) -> Programs
     Args:
         like: the state, or its shapes.
     """
-    shapes, mesh = model.shapes(), model.mesh
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-    micro = config.train.micro_batch_size
-    step = make_train_step(model.decoder, dropout=any(lora_spec(config).dropouts.values()))
-    lora = jax.eval_shape(effective_adapter, state, shapes)
-    lora = jax.tree.map(
+    lora = lora_shapes(model, like)
+    lowered = (
+        lower_train(config, model, like),
+        lower_effective(model, like, lora),
+        lower_evaluation(config, model, lora),
+    )
+    return Programs(*compile_all(model, lowered))  # pyright: ignore[reportArgumentType]  one that is None fails at once
+
+
+def lora_shapes(model: Model, state: TrainState) -> dict[str, Any]:
+    """A state's adapter as the decoder reads it: its tree of placed `jax.ShapeDtypeStruct`s."""
+    lora = jax.eval_shape(effective_adapter, _shapes(state), model.shapes())
+    return jax.tree.map(
         lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
         lora,
-        sharding.tree_shardings(mesh, lora),
+        sharding.tree_shardings(model.mesh, lora),
     )
+
+
+def lower_train(config: Config, model: Model, like: TrainState) -> jax.stages.Lowered:
+    """`step(state, base, batch) -> (state, sums)`, ready to be compiled; the state is donated."""
+    state, mesh, micro = _shapes(like), model.mesh, config.train.micro_batch_size
+    step = make_train_step(model.decoder, dropout=any(lora_spec(config).dropouts.values()))
     placements = (jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, PartitionSpec()))
-    lowered = (
-        jax.jit(step, donate_argnums=0, out_shardings=placements).lower(
-            state, shapes, _batch_shapes(config, mesh, config.train.batch_size // micro, micro)
-        ),
-        jax.jit(effective_adapter, out_shardings=jax.tree.map(lambda x: x.sharding, lora)).lower(
-            state, shapes
-        ),
-        _lower_evaluation(config, model, lora),
-    )
-    return Programs(*_compile(model, lowered))
+    batch = batch_shapes(config, mesh, config.train.batch_size // micro, micro)
+    return jax.jit(step, donate_argnums=0, out_shardings=placements).lower(state, model.shapes(), batch)
 
 
-def compile_evaluation(
-    config: Config, model: Model, loras: Sequence[Mapping[str, Any]]
-) -> list[Callable[..., Any]]:
-    """Compiles `(lora, base, batch) -> TokenMetrics` for adapters of each of these forms, the program of a run.
+def lower_effective(model: Model, like: TrainState, lora: Mapping[str, Any]) -> jax.stages.Lowered:
+    """`(state, base) -> lora`, ready to be compiled; `lora` is from `lora_shapes`."""
+    placements = jax.tree.map(lambda x: x.sharding, lora)
+    return jax.jit(effective_adapter, out_shardings=placements).lower(_shapes(like), model.shapes())
+
+
+def lower_evaluation(config: Config, model: Model, lora: Mapping[str, Any]) -> jax.stages.Lowered:
+    """`(lora, base, batch) -> TokenMetrics` for batches of eval.batch_size rows, ready to be compiled.
 
     Args:
-        loras: adapters as the decoder reads them, or their placed shapes; {} for the bare base.
+        lora: the adapter as the decoder reads it, or its placed shapes; {} for the bare base.
     """
-    return _compile(model, [_lower_evaluation(config, model, lora) for lora in loras])
-
-
-def _lower_evaluation(config: Config, model: Model, lora: Mapping[str, Any]) -> Any:
-    batch = _batch_shapes(config, model.mesh, config.eval.batch_size)
+    batch = batch_shapes(config, model.mesh, config.eval.batch_size)
     return jax.jit(make_eval_step(model.decoder)).lower(lora, model.shapes(), batch)
 
 
-def _batch_shapes(config: Config, mesh: Mesh, *rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+def compile_all(model: Model, lowered: Sequence[jax.stages.Lowered]) -> list[jax.stages.Compiled | None]:
+    """Compiles several programs at once, with the options of the platform.
+
+    Returns:
+        A program each, None where the compiler found no way to place it: some compile only what fits the device.
+    """
+    options: dict[str, str | bool] = {**compiler_options(model.mesh.devices.flat[0].platform)}
+
+    def compiled(program: jax.stages.Lowered) -> jax.stages.Compiled | None:
+        try:
+            return program.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return None
+
+    with ThreadPoolExecutor(len(lowered)) as pool:  # XLA compiles outside Python's lock
+        return list(pool.map(compiled, lowered))
+
+
+def _shapes(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def batch_shapes(config: Config, mesh: Mesh, *rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch's placed shapes [*rows, T]."""
     placement = sharding.batch_sharding(mesh, len(rows) > 1)
     kinds = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32) | {
@@ -229,9 +258,3 @@ def _batch_shapes(config: Config, mesh: Mesh, *rows: int) -> dict[str, jax.Shape
         name: jax.ShapeDtypeStruct((*rows, config.data.max_length), kind, sharding=placement)
         for name, kind in kinds.items()
     }
-
-
-def _compile(model: Model, lowered: Sequence[Any]) -> list[Any]:
-    options = compiler_options(model.mesh.devices.flat[0].platform)
-    with ThreadPoolExecutor(len(lowered)) as pool:  # XLA compiles outside Python's lock
-        return list(pool.map(lambda program: program.compile(compiler_options=options), lowered))

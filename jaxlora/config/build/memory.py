@@ -1,0 +1,352 @@
+"""Whether a run fits its devices: what its compiled programs need, beside what there is, before the first step.
+
+What a program needs is what its compiler says, on each device: arguments + outputs + temporaries, less the outputs that
+take an argument's place. The base and all that the program is given are among its arguments. To that comes what lives
+on the device meanwhile without being an argument (see `_beside`):
+
+    training    the two batches after the one that is computed: one that waits for its turn, one being placed
+    adapter     (making it readable for the decoder) the next training batch
+    evaluation  the train state, the next training batch, one more eval batch, and one batch's losses being summed
+    answers     the train state, the next training batch, and the answers of the batch before
+
+Not counted: what the first state took to make, what the allocator loses between blocks, and, where devices share the
+machine's memory, Python and the data.
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+
+from jaxlora.config.build import programs
+from jaxlora.config.build.inputs import HeldOut, Model
+from jaxlora.config.build.programs import Programs
+from jaxlora.config.schema import Config
+from jaxlora.core.errors import InputError
+from jaxlora.data.batches import EvalBatches
+from jaxlora.parallel import sharding
+from jaxlora.parallel.capacity import Capacity, capacity, told
+from jaxlora.runs.progress import Progress
+from jaxlora.training.answers import Answers
+from jaxlora.training.state import TrainState
+
+Laid = TypeVar("Laid", bound=HeldOut)
+
+# ---- what is needed ----------------------------------------------------------------------------------------------
+
+
+def needed(compiled: jax.stages.Compiled) -> int:
+    """Bytes that a program holds on each device while it runs, as its compiler says."""
+    memory: Any = compiled.memory_analysis()
+    if memory is None:  # a backend that does not say
+        return 0
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return held + memory.generated_code_size_in_bytes - memory.alias_size_in_bytes
+
+
+def size_on_device(tree: Any) -> int:
+    """Bytes of placed arrays, or of their shapes, on each device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _output(compiled: jax.stages.Compiled) -> int:
+    memory: Any = compiled.memory_analysis()
+    return 0 if memory is None else memory.output_size_in_bytes
+
+
+class _Part(NamedTuple):
+    """A program, and the bytes that live beside it on each device."""
+
+    program: jax.stages.Lowered
+    beside: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """Something that is done in batches.
+
+    Attributes:
+        name: for a person.
+        lower: rows of a batch -> its programs.
+        outputs: how many more batches' outputs live while one is computed.
+    """
+
+    name: str
+    lower: Callable[[int], list[_Part]]
+    outputs: int = 0
+
+
+class _Attempt(NamedTuple):
+    """A work's programs, compiled for one size of batch.
+
+    Attributes:
+        work, rows: what it was for.
+        programs: compiled; None where the compiler ran out of memory.
+        need: bytes on each device for the one that needs the most; None where the compiler ran out.
+    """
+
+    work: _Work
+    rows: int
+    programs: list[Any]
+    need: int | None
+
+
+def _attempts(model: Model, *wanted: tuple[_Work, int]) -> list[_Attempt]:
+    """Compiles works for so many rows each, all at once."""
+    parts = [work.lower(rows) for work, rows in wanted]
+    compiled = iter(programs.compile_all(model, [part.program for each in parts for part in each]))
+    attempts = []
+    for (work, rows), each in zip(wanted, parts, strict=True):
+        made, needs = [next(compiled) for _ in each], []
+        for program, part in zip(made, each, strict=True):
+            if program is not None:
+                needs.append(needed(program) + part.beside + work.outputs * _output(program))
+        attempts.append(_Attempt(work, rows, made, max(needs) if len(needs) == len(made) else None))
+    return attempts
+
+
+def _training(config: Config, model: Model, state: TrainState) -> _Work:
+    def lower(rows: int) -> list[_Part]:
+        changed = _with(config, "train", micro_batch_size=rows)
+        return [_Part(programs.lower_train(changed, model, state), 2 * _train_batch(config, model))]
+
+    return _Work("training", lower)
+
+
+def _evaluation(config: Config, model: Model, loras: Sequence[Mapping[str, Any]], beside: int) -> _Work:
+    def lower(rows: int) -> list[_Part]:
+        changed = _with(config, "eval", batch_size=rows)
+        batch = size_on_device(programs.batch_shapes(changed, model.mesh, rows))
+        return [
+            _Part(programs.lower_evaluation(changed, model, lora), beside + others + batch)
+            for lora, others in _each(loras)
+        ]
+
+    return _Work("evaluation", lower, outputs=1)
+
+
+def _answering(answers: Answers, model: Model, loras: Sequence[Mapping[str, Any]], beside: int) -> _Work:
+    def lower(rows: int) -> list[_Part]:
+        return [
+            _Part(answers.lower(lora, model.shapes(), rows), beside + others) for lora, others in _each(loras)
+        ]
+
+    return _Work("answers", lower, outputs=1)
+
+
+def _each(loras: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], int]]:
+    """Each adapter, with the size of the others."""
+    sizes = [size_on_device(lora) for lora in loras]
+    return [(lora, sum(sizes) - size) for lora, size in zip(loras, sizes, strict=True)]
+
+
+def _train_batch(config: Config, model: Model) -> int:
+    micro = config.train.micro_batch_size
+    return size_on_device(programs.batch_shapes(config, model.mesh, config.train.batch_size // micro, micro))
+
+
+def _with(config: Config, section: str, **values: Any) -> Config:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+# ---- does it fit -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What a run computes with; it fits.
+
+    Attributes:
+        config: the run's, but for eval.batch_size, which is what fits.
+        programs: compiled.
+        answers: with their own compiled program; None for none.
+        needs: bytes on each device, by what is done.
+        capacity: what there is.
+    """
+
+    config: Config
+    programs: Programs
+    answers: Answers | None
+    needs: Mapping[str, int]
+    capacity: Capacity
+
+    def __str__(self) -> str:
+        needs = ", ".join(f"{name} {told(need)}" for name, need in self.needs.items())
+        return f"{needs}; a device has {told(self.capacity.size)} ({self.capacity.source})"
+
+
+def fit(
+    config: Config, model: Model, state: TrainState, answers: Answers | None, progress: Progress
+) -> Fitted:
+    """Compiles all that a run computes with, from shapes alone, and compares what it needs with what there is.
+
+    Batches of evaluation and answers that do not fit are halved until they do, which changes nothing but speed, and
+    said. Batches of training are the person's: the largest that fits is looked for, and named.
+
+    Args:
+        state: shapes of the train state.
+        answers: the prompts to answer, if any.
+    Raises:
+        InputError: training does not fit, or not even the smallest batch of something else.
+    """
+    have = capacity(config.mesh.memory_gb, model.mesh.devices.flat)
+    lora, beside = programs.lora_shapes(model, state), _train_batch(config, model)
+    adapter = _Work("the adapter", lambda _: [_Part(programs.lower_effective(model, state, lora), beside)])
+    beside += size_on_device(state)
+    wanted = [
+        (_training(config, model, state), config.train.micro_batch_size),
+        (adapter, 1),
+        (_evaluation(config, model, [lora], beside), config.eval.batch_size),
+    ]
+    if answers is not None:
+        wanted.append((_answering(answers, model, [lora], beside), answers.batch_size))
+    train, adapter, *others = _attempts(model, *wanted)
+    if not have.holds(train.need) or not have.holds(adapter.need):
+        raise _training_refused(config, model, train, adapter, have, progress)
+    evaluation, *answering = [_shrunk(config, model, attempt, have, progress.say) for attempt in others]
+    made = [attempt.programs[0] for attempt in (train, adapter, evaluation)]
+    if answers is not None:
+        answers = answers.compiled(answering[0].programs[0], answering[0].rows)
+    needs = {attempt.work.name: attempt.need or 0 for attempt in (train, evaluation, *answering)}
+    fitting = _with(config, "eval", batch_size=evaluation.rows)
+    return Fitted(fitting, Programs(*made), answers, needs, have)
+
+
+class FittedEvaluation(NamedTuple):
+    """What evaluates adapters outside of a run; it fits.
+
+    Attributes:
+        steps: `(lora, base, batch) -> TokenLosses` for each adapter.
+        answers: with a compiled program for each adapter; None for none.
+        eval_rows: of a batch.
+    """
+
+    steps: list[Callable[..., Any]]
+    answers: list[Answers | None]
+    eval_rows: int
+
+
+def fit_evaluation(
+    config: Config,
+    model: Model,
+    loras: Sequence[Mapping[str, Any]],
+    answers: Answers | None,
+    say: Callable[[str], None],
+) -> FittedEvaluation:
+    """Likewise for an evaluation: the same programs as in a run, for adapters of each of these forms.
+
+    Args:
+        loras: adapters as the decoder reads them, or their placed shapes; {} for the bare base.
+        answers: the prompts to answer, if any.
+        say: takes a line for the person.
+    Raises:
+        InputError: not even the smallest batch fits.
+    """
+    have = capacity(config.mesh.memory_gb, model.mesh.devices.flat)
+    wanted = [(_evaluation(config, model, loras, 0), config.eval.batch_size)]
+    if answers is not None:
+        wanted.append((_answering(answers, model, loras, 0), answers.batch_size))
+    attempts = [_shrunk(config, model, attempt, have, say) for attempt in _attempts(model, *wanted)]
+    answering: list[Answers | None] = [None] * len(loras)
+    if answers is not None:
+        answering = [answers.compiled(program, attempts[1].rows) for program in attempts[1].programs]
+    return FittedEvaluation(attempts[0].programs, answering, attempts[0].rows)
+
+
+def with_eval_rows(data: Laid, rows: int) -> Laid:
+    """The same rows of held-out data in batches of another size."""
+    changed = {}
+    for field in dataclasses.fields(data):
+        batches = getattr(data, field.name)
+        if isinstance(batches, EvalBatches):
+            changed[field.name] = copy.copy(batches)
+            changed[field.name].batch_size = rows
+    return dataclasses.replace(data, **changed)
+
+
+def _shrunk(
+    config: Config, model: Model, asked: _Attempt, have: Capacity, say: Callable[[str], None]
+) -> _Attempt:
+    """The attempt, or one with the half, a quarter, ... of its rows."""
+    shares, attempt = sharding.row_devices(model.mesh), asked
+    while not have.holds(attempt.need):
+        rows = max(shares, attempt.rows // 2 // shares * shares)
+        if rows == attempt.rows:
+            raise InputError(
+                f"{attempt.work.name}: even {_rows(rows)} at once takes {_need(attempt.need)}, and a device has "
+                f"{told(have.size)} ({have.source}).\n{_remedy(config, attempt.work)}"
+            )
+        (attempt,) = _attempts(model, (attempt.work, rows))
+    if attempt is not asked:
+        say(
+            f"{asked.work.name}: eval.batch_size = {asked.rows} would take {_need(asked.need)}, and a device has "
+            f"{told(have.size)} ({have.source}): {_rows(attempt.rows)} at once, {_need(attempt.need)}, with the same "
+            "result"
+        )
+    return attempt
+
+
+def _training_refused(
+    config: Config, model: Model, train: _Attempt, adapter: _Attempt, have: Capacity, progress: Progress
+) -> InputError:
+    """What to say to somebody whose training does not fit, with the largest micro-batch that would."""
+    asked, shares = config.train.micro_batch_size, sharding.row_devices(model.mesh)
+    smaller = [n for n in range(shares, asked, shares) if config.train.batch_size % n == 0]
+    said = (
+        f"train.micro_batch_size = {asked} takes {_need(train.need)} of memory, and a device has {told(have.size)} "
+        f"({have.source}).\n"
+    )
+    if not have.holds(adapter.need):
+        smaller = []
+    best, low, high = None, 0, len(smaller) - 1
+    with progress.stage("looking for the largest train.micro_batch_size that fits"):
+        at = 0  # the smallest first: where that does not fit, none does
+        while low <= high:
+            (attempt,) = _attempts(model, (train.work, smaller[at]))
+            if have.holds(attempt.need):
+                best, low = attempt, at + 1
+            else:
+                train, high = attempt, at - 1
+                if at == 0:
+                    break
+            at = (low + high + 1) // 2
+    if best is not None:
+        return InputError(
+            f"{said}The largest that fits is {best.rows} ({_need(best.need)}): set "
+            f"--config.train.micro_batch_size={best.rows}. It changes nothing but speed."
+        )
+    even = f"{_rows(train.rows)} at once takes {_need(train.need)} still. " if train.rows < asked else ""
+    return InputError(f"{said}{even}{_remedy(config, train.work)}")
+
+
+def _remedy(config: Config, work: _Work) -> str:
+    """What helps where no smaller batch does."""
+    helps = []
+    if work.name == "answers":
+        helps = [
+            f"a smaller eval.max_new_tokens (it is {config.eval.max_new_tokens})",
+            "--config.eval.generate=0",
+        ]
+    if work.name == "training" and config.model.remat != "full":
+        helps.append("--config.model.remat=full")
+    if config.model.dtype != "bfloat16":
+        helps.append("--config.model.dtype=bfloat16")
+    if work.name != "answers":
+        helps.append(f"a shorter data.max_length (it is {config.data.max_length})")
+    if config.mesh.fsdp == 1:
+        helps.append("a base that is cut over several devices (--config.mesh.fsdp=-1 --config.mesh.data=1)")
+    return f"What helps: {', or '.join(helps)}."
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' if count > 1 else ''}"
+
+
+def _need(need: int | None) -> str:
+    return "more than the compiler can place" if need is None else told(need)
