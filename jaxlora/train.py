@@ -313,6 +313,15 @@ def _tell_outcome(run: "RunDirectory", progress: "Progress", command: str) -> No
         )
         rows.append(("eval nll at last", f"{_nll(last)} (step {last['step']:,})"))
     if best:
+        others = [name for name in best if name not in ("step", "eval/nll")]
+        rows += [(f"{name} at best", f"{best[name]:.4g} (step {best['step']:,})") for name in others]
+    if alarm := record.get("overfit"):
+        rows.append(
+            ("overfitting", f"since step {alarm['since']:,}; eval nll rose by {alarm['eval_rise']:.4f}")
+        )
+    if spikes := record.get("spikes"):
+        rows.append(("spikes", f"{spikes:,}; their rows are in {run.spikes}"))
+    if best:
         rows.append(("adapter", f"{run.best} (the best), {run.last} (the last)"))
         rows.append(("try it", f"python -m jaxlora.generate --run {shlex.quote(str(run.path))}"))
     rows.append(("to go on" if record.get("status") not in ENDED else "again", command))

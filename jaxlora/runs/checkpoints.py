@@ -319,7 +319,10 @@ def _quiet() -> None:
     from absl import logging as absl_logging
 
     absl_logging.set_verbosity(absl_logging.FATAL)
-    logging.getLogger("asyncio").addFilter(lambda record: "tensorstore" not in record.getMessage())
+    told = logging.Formatter()  # with the traceback
+    logging.getLogger("asyncio").addFilter(
+        lambda record: not re.search("orbax|tensorstore", told.format(record))
+    )
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

@@ -108,7 +108,9 @@ def test_a_disk_that_is_full_for_some_steps(command, undisturbed, project: Proje
     for file in ("best", "last", f"eval/eval-{best:08d}.jsonl", "metrics.jsonl", "record.json"):
         assert f"{workdir / file} could not be written" in told, file
     assert before[-1] <= steps_saved(workdir)[-1] < best - 1  # one may just have been on its way
-    assert (workdir / "best/adapter_model.safetensors").read_bytes() == adapter
+    # What failed saves left makes room, now and then for an adapter; a broken one never is in the place.
+    later = (undisturbed / "best/adapter_model.safetensors").read_bytes()
+    assert (workdir / "best/adapter_model.safetensors").read_bytes() in (adapter, later)
 
     disk.free()
     go_on(command)

@@ -54,8 +54,10 @@ def test_sigterm_where_jax_distributed_runs(command, project, tmp_path):
 
     # Where it cannot be started, the run goes on without.
     with socket.socket(socket.AF_INET6) as taken:
-        taken.bind(("::", port))
+        taken.bind(("::", 0))
         taken.listen()
+        port = taken.getsockname()[1]
+        address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
         assert command.run(arguments, environment=address) == 0, command.output
     assert f"jax.distributed could not be started (port {port}: " in command.output
     assert f"going on after step {record['steps']}" in command.output
