@@ -1,6 +1,6 @@
 """How much longer an evaluation with every metric takes than the forward pass and the loss alone.
 
-    python benchmarks/evaluate.py --out benchmarks/results/evaluate.json
+    python -m benchmarks.evaluate --out benchmarks/results/evaluate.json
 
 Both sides go over the same tokens with the same random bfloat16 weights, in turn, several times: on one side a run's
 own evaluation (compiled step, sums on the host, every metric of tokens, groups by turn), on the other a compiled

@@ -1,6 +1,6 @@
 """What a run of Qwen2.5-0.5B holds in memory, as the compiler says, from shapes alone (no weights, nothing is run):
 
-    python benchmarks/memory.py
+    python -m benchmarks.memory
 
 Prints a table and writes it, with versions and device, to benchmarks/results/memory-PLATFORM.json.
 """
@@ -130,7 +130,7 @@ def main() -> None:
     out = arguments.out or Path(__file__).parent / "results" / f"memory-{device.platform}.json"
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
     told = {
-        "command": f"python benchmarks/memory.py --rows {arguments.rows} --length {arguments.length}",
+        "command": f"python -m benchmarks.memory --rows {arguments.rows} --length {arguments.length}",
         "device": device.device_kind,
         "versions": versions,
         "bytes": found,

@@ -183,7 +183,7 @@ class OverfitAlarm:
             standing.suspected = standing.suspected + 1 if suspicious else 0
             if rise is not None and fall is not None and standing.suspected >= IN_A_ROW:
                 self._raise(step, since, rise, fall)
-        return {"eval/overfit": int(standing.overfit is not None)}
+        return {"train_eval/overfit": int(standing.overfit is not None)}
 
     def _raise(self, step: int, since: int, rise: Difference, fall: Difference) -> None:
         standing, known = self.standing, self.standing.overfit

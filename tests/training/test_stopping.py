@@ -282,7 +282,7 @@ def test_the_alarm_says_since_when_eval_rises_while_train_falls():
     assert len(alarms) == 1
     assert story.standing.overfit["since"] == 40
     assert story.standing.overfit["found"] in (60, 70)
-    flags = [metrics["eval/overfit"] for _, metrics in story.written]
+    flags = [metrics["train_eval/overfit"] for _, metrics in story.written]
     assert flags == sorted(flags)
     assert (flags[0], flags[-1]) == (0, 1)
     assert story.notes[0][0] == story.standing.overfit["found"]
