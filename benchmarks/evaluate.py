@@ -157,7 +157,7 @@ def main() -> None:
     if arguments.out:
         devices = jax.devices()
         told = {
-            "command": f"python {' '.join(sys.argv)}",
+            "command": " ".join(["python -m benchmarks.evaluate", *sys.argv[1:]]),
             "versions": {
                 name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")
             }
