@@ -62,7 +62,7 @@ def test_an_adapter_of_another_base(refused, run, project, tmp_path):
 
 def test_impossible_values(refused, run, tmp_path):
     plain = "--run", run("plain")
-    refused((*plain, "--metrics", "nll", "bleu"), "--metrics bleu", "nll, perplexity, token_accuracy")
+    refused((*plain, "--metrics", "nll", "wer"), "--metrics wer", "nll, perplexity, token_accuracy")
     refused((*plain, "--max-length", 65), "--max-length 65", "64 positions", "set --max-length=64 or less")
     refused((*plain, "--batch-size", 0), "--batch-size 0", "at least 1", "--batch-size=8")
     refused((*plain, "--generate", -1), "--generate -1", "at least 0")
