@@ -71,9 +71,13 @@ def _join_nobody(port: int) -> str:
         unproxied = os.environ.get(own) or os.environ.get(common)
         os.environ[own] = ",".join(filter(None, (unproxied, "localhost")))
         jax.config.update("jax_check_proxy_envs", False)  # it warns of what has just been dealt with
+    address = f"localhost:{port}"
     try:
-        jax.distributed.initialize(f"localhost:{port}", num_processes=1, process_id=0)
-    except Exception as error:  # the port is taken, or whatever else: it is not worth the run
+        with socket.socket() as probe:  # JAX crashes, now and then, where its port is taken
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("localhost", port))
+        jax.distributed.initialize(address, num_processes=1, process_id=0, coordinator_bind_address=address)
+    except Exception as error:  # whatever it is, it is not worth the run
         return f"port {port}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
     return ""
 

@@ -81,7 +81,7 @@ def test_a_tpu_of_one_host_does_not_wait_to_be_found(monkeypatch, hosts):
     ((*address, named),) = joined
     if hosts == "one":
         assert address[0].startswith("localhost:")
-        assert named == {"num_processes": 1, "process_id": 0}
+        assert named == {"num_processes": 1, "process_id": 0, "coordinator_bind_address": address[0]}
     else:
         assert (address, named) == ([], {})
 
@@ -96,6 +96,19 @@ def test_one_process_goes_on_without_what_cannot_be_started(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     with pytest.raises(RuntimeError):  # two cannot
         processes.join(said.append)
+
+
+def test_a_port_that_is_taken_is_not_offered_to_jax(monkeypatch):
+    """It crashes there, one time in three."""
+    said = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("offered"))
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"localhost:{port}")
+        assert processes.join(said.append) is None
+    assert f"jax.distributed could not be started (port {port}: [Errno 98] Address already in use)" in said[0]
 
 
 @pytest.mark.parametrize(

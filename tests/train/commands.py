@@ -51,7 +51,7 @@ class Command:
     def _answer(self) -> int:
         assert self._nursery.stdout is not None
         line = self._nursery.stdout.readline()
-        assert line, "the nursery has died"
+        assert line, f"the nursery has died: {self._nursery.wait(10)}"
         return int(line)
 
 

@@ -51,10 +51,11 @@ PLACES = {
     "writing record.json": ("/record.json", 6),
     "saving": ("/checkpoints/", 60),
     "finishing a save": ("orbax.checkpoint.checkpoint_manager:CheckpointManager._finalize", 3),
-    "starting": ("jaxlora.config.build.programs:compile_programs", 1),
+    "starting": ("jaxlora.config.build.inputs:base", 1),
     "restoring": ("jaxlora.runs.checkpoints:Checkpoints.restore", 1),
     "dropping what came after": ("jaxlora.runs.directory:RunDirectory.truncate", 1),
 }
+RESUMING = ("restoring", "dropping what came after")
 AT_ANY_MOMENT = "at a random moment"
 HOW_MANY = {
     "SIGKILL": dict.fromkeys(PLACES, 1)
@@ -134,6 +135,8 @@ def survive(
             runs += 1
             assert runs < 8, f"these never happen: {waiting}"
             workdir = folder / str(runs)
+            if waiting[0].place in RESUMING:  # which takes something to resume; not counted
+                command.run(project.arguments(workdir, **SETTINGS), die=[PLACES["in a step"][0], 4])
         fault = waiting.popleft() if waiting else None
         saved = [int(entry.name) for entry in (workdir / "checkpoints").glob("*") if entry.name.isdigit()]
         arguments = project.arguments(workdir, **SETTINGS)
@@ -143,7 +146,7 @@ def survive(
         said = command.output
         assert "Traceback" not in said, said
         assert "damaged" not in said, said  # a kill damages nothing: what is not complete was never there
-        if saved and "training and evaluation steps:" in said:
+        if saved and "what will be done" in said:
             assert f"going on after step {max(saved)}\n" in said, (fault, said)
         if fault and fault.happened(code, status):
             survived.append(fault)

@@ -31,7 +31,7 @@ def test_sigterm_where_jax_distributed_runs(command, project, tmp_path):
     address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
 
     # Before training begins there is nothing to save: the first one ends it, as it would without jax.distributed.
-    start = ["jaxlora.config.build.programs:compile_programs", 1, [signal.SIGTERM]]
+    start = ["jaxlora.config.build.inputs:base", 1, [signal.SIGTERM]]
     assert command.run(arguments, die=start, environment=address) == -signal.SIGTERM, command.output
 
     # A request goes to JAX's notifier alone; that the run leaves is Orbax's word.
