@@ -125,6 +125,7 @@ def test_curves(finished):
         assert line.keys() == {
             "step",
             "train_eval/nll",
+            "train_eval/overfit",
             *(f"eval/{name}" for name in METRICS),
         }  # one turn, one source
         assert line["eval/perplexity"] == pytest.approx(math.exp(line["eval/nll"]))
