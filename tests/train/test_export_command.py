@@ -125,7 +125,7 @@ def test_the_card_says_what_it_is_and_how_it_was_made(run, ask, project, tmp_pat
         "---\nlibrary_name: peft\n", f"A LoRA adapter for `{project.model}`.", "rank 4, alpha 8 (scale 2) on q_proj, ",
         f"run `plain` at step {best['step']} (the best). The run: 8 steps, ",
         f"| train | `{project.folder / 'train.jsonl'}` |",
-        record["data"]["train"]["fingerprint"], "| 60 |", "| `optim.learning_rate` | `0.4` |",
+        record["data"]["train"]["fingerprint"], "| 60 |", "| `optim.learning_rate` | `0.2` |",
         "| `lora.targets` | `all-linear` |", f"| {best['step']} | {best['eval/nll']:.4f} |", "best, exported |",
         f"jax {jax.__version__}", f'base = AutoModelForCausalLM.from_pretrained("{project.model}", dtype="auto")',
         'PeftModel.from_pretrained(base, "out")', "--max-lora-rank 8 --lora-modules adapter=out",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.train import commands
-from tests.train.commands import Command, assert_same, wait_until_stopped
+from tests.train.commands import Command, assert_same, last_step, wait_until_stopped
 from tests.train.conftest import Project
 from tests.train.test_faults import SETTINGS
 
@@ -105,8 +105,10 @@ def test_a_disk_that_is_full_for_some_steps(command, undisturbed, project: Proje
     told = command.output
     assert f"the checkpoint of step {best} could not be saved" in told
     assert "No space left on device" in told
-    for file in ("best", "last", f"eval/eval-{best:08d}.jsonl", "metrics.jsonl", "record.json"):
+    for file in ("best", "last", f"eval/eval-{best:08d}.jsonl", "record.json"):
         assert f"{workdir / file} could not be written" in told, file
+    # A full disk still takes what fits into a file's last page, so the curves' first lines may get there.
+    assert f"{workdir / 'metrics.jsonl'} could not be written" in told or last_step(workdir) >= best
     assert before[-1] <= steps_saved(workdir)[-1] < best - 1  # one may just have been on its way
     # What failed saves left makes room, now and then for an adapter; a broken one never is in the place.
     later = (undisturbed / "best/adapter_model.safetensors").read_bytes()

@@ -94,7 +94,7 @@ def test_killed_five_times_and_stopping_early(command, undisturbed, project, tmp
     arguments = project.arguments(workdir, **PATIENCE)
     inside = [
         ["jaxlora.data.batches:Batches.batch", 2],
-        ["jaxlora.training.evaluate:_add", chance.randint(1, 60)],
+        ["jaxlora.training.evaluate:_Sums.add", chance.randint(1, 60)],
         [str(workdir / "checkpoints"), chance.randint(1, 100)],
         [str(workdir), chance.randint(20, 150)],
     ]
@@ -126,7 +126,7 @@ def test_what_is_judged_by_earlier_evaluations_goes_on_as_it_was(command, undist
     workdir = tmp_path / "run"
     arguments = project.arguments(workdir, **JUDGED)
     for die in (
-        ["jaxlora.training.evaluate:_add", 25],
+        ["jaxlora.training.evaluate:_Sums.add", 25],
         ["jaxlora.training.stopping:EarlyStop.__call__", 3],
         [str(workdir / "checkpoints"), 60],
     ):
