@@ -9,6 +9,7 @@ from jaxlora.experiments.paired import Difference, difference
 from jaxlora.training.calendar import Calendar
 from jaxlora.training.evaluate import Found
 from jaxlora.training.events import Standing, StepInfo, Stop
+from jaxlora.training.metrics import ANSWER_METRICS
 from jaxlora.training.state import TrainState
 
 NLL = "eval/nll"
@@ -84,8 +85,9 @@ class Evaluate:
         self._plan(step)
         if found.texts:
             self.write_texts(step, found.texts)
-        self.say(f"eval at step {step}: {_shown(found.metrics)}  ({self._compared(now, better)})")
-        for line in found.shown:
+        shown, answers = _shown(found.metrics)
+        line = f"eval at step {step}: {shown}  ({self._compared(now, better)})"
+        for line in (line, *([f"  answers: {answers}"] if answers else []), *found.shown):
             self.say(line)
 
     def _rank(self, now: dict[str, Any]) -> bool:
@@ -125,12 +127,16 @@ def _named(now: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: now[name] for name in ("step", *names) if now.get(name) is not None}
 
 
-def _shown(metrics: Mapping[str, Any]) -> str:
-    """The metrics over all, and the gap's other side; the groups are in metrics.jsonl."""
-    shown = {n.removeprefix("eval/"): v for n, v in metrics.items() if n.startswith("eval/")}
-    if "train_eval/nll" in metrics:
-        shown["train_eval/nll"] = metrics["train_eval/nll"]
-    return "  ".join(f"{name} {value:.4g}" for name, value in shown.items() if value is not None)
+def _shown(metrics: Mapping[str, Any]) -> tuple[str, str]:
+    """The metrics of tokens over all with the gap's other side, and those of answers; groups are in metrics.jsonl."""
+    over_all = {
+        n.removeprefix("eval/"): v for n, v in metrics.items() if n.startswith("eval/") and v is not None
+    }
+    answers = {name: over_all.pop(name) for name in ANSWER_METRICS if name in over_all}
+    if metrics.get("train_eval/nll") is not None:
+        over_all["train_eval/nll"] = metrics["train_eval/nll"]
+    line, of_answers = ("  ".join(f"{k} {v:.4g}" for k, v in part.items()) for part in (over_all, answers))
+    return line, of_answers
 
 
 # ---- overfitting ---------------------------------------------------------------------------------------------------

@@ -74,6 +74,23 @@ def test_a_resumed_run_shows_each_step_once(tmp_path):
     assert scalars(read(run), "x") == [(step, 1.0 if step <= 6 else 2.0) for step in range(1, 13)]
 
 
+def test_a_run_that_goes_back_shows_each_step_once_and_its_hyperparameters(tmp_path):
+    from tensorboard.plugins.hparams import metadata
+
+    with RunDirectory.open(tmp_path, CONFIG) as run, Writers(run) as writers:
+        writers.hparams(run.config)
+        for step in range(1, 11):
+            writers.scalars(step, {"x": 1.0})
+        for back, value in ((6, 2.0), (4, 3.0)):
+            writers.forget(back)
+            for step in range(back + 1, 11):
+                writers.scalars(step, {"x": value})
+    events = read(run)
+    assert scalars(events, "x") == [(step, 1.0 if step <= 4 else 3.0) for step in range(1, 11)]
+    shown = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    assert metadata.parse_session_start_info_plugin_data(shown).hparams["lora.rank"].number_value == 8
+
+
 def test_a_nonfinite_scalar_is_written_as_such(tmp_path):
     with RunDirectory.open(tmp_path, CONFIG) as run, Writers(run) as writers:
         writers.scalars(1, {"x": float("inf")})

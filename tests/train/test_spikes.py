@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -247,6 +248,55 @@ def test_asked_to_leave_around_a_rollback_it_ends_the_same(
     assert record(tmp_path / "run")["status"] == "preempted"
     assert "going on after step" in command(tmp_path / "run", lora__init_from=fitted, **ROLLBACK)
     assert_same(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+def test_a_spike_right_after_going_back_goes_back_further(command, fitted, project, tmp_path):
+    """Step 9 is poisoned too: from there back to 8; 10 is then the next step, so 8 was not good enough: back to 4."""
+    rows = (project.folder / "train.jsonl").read_text().splitlines(keepends=True)
+    rows[ROWS[0] - 9 : ROWS[0] - 1] = rows[ROWS[0] - 1 : ROWS[-1]]
+    (tmp_path / "both.jsonl").write_text("".join(rows))
+    workdir = tmp_path / "run"
+    command(workdir, lora__init_from=fitted, data__train=tmp_path / "both.jsonl", **ROLLBACK)
+    told = record(workdir)
+    assert told["status"] == "finished"
+    assert told["rollbacks"] == [
+        {"step": 9, "to": 8, "learning_rate": 5e-4},
+        {"step": 10, "to": 4, "learning_rate": 2.5e-4},
+    ]
+    steps = [line["step"] for line in lines(workdir, "train/nll")]
+    assert steps == [n for n in range(1, 15) if n not in (9, 10)]
+    rates = {line["step"]: line["train/learning_rate"] for line in lines(workdir, "train/nll")}
+    assert rates[5] / rates[4] < 0.25
+    check_adapter(workdir)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_no_place_to_go_back_to(command, fitted, tmp_path, monkeypatch):
+    """The one before it is, which is said, and in its place the next save finds room."""
+    workdir, batch, save, calls = tmp_path / "run", Batches.batch, Checkpoints.save, itertools.count(1)
+
+    def damaging(batches: Batches, step: int, *rows):
+        if next(calls) == 12:  # the last one before the verdict on step 10 comes
+            for file in (workdir / "checkpoints/8/state").rglob("*"):
+                if file.is_file():
+                    os.truncate(file, file.stat().st_size // 2)
+        return batch(batches, step, *rows)
+
+    def save_and_wait(checkpoints: Checkpoints, *arguments):
+        save(checkpoints, *arguments)
+        checkpoints.wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "batch", damaging)
+        patch.setattr(Checkpoints, "save", save_and_wait)
+        said = command(workdir, lora__init_from=fitted, **ROLLBACK)
+    assert f"{workdir / 'checkpoints/8'} is damaged" in said
+    told = record(workdir)
+    assert told["status"] == "finished"
+    assert told["rollbacks"] == [{"step": POISONED, "to": 4, "learning_rate": 5e-4}]
+    assert sorted(entry.name for entry in (workdir / "checkpoints").iterdir()) == ["12", "14", "8"]
+    check_adapter(workdir)
 
 
 # ---- a learning rate of 1 -----------------------------------------------------------------------------------------
