@@ -158,6 +158,7 @@ def test_a_session_equals_full_forwards_over_several_turns(spec):
         )
 
 
+@pytest.mark.slow
 @each_spec
 @pytest.mark.parametrize("rows", [1, 3])
 def test_bfloat16_is_as_near_to_float32_with_a_cache_as_without(spec, rows):

@@ -226,6 +226,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_whatever_file_is_damaged_no_wrong_state_is_ever_restored(two_saved, tmp_path, damage):
     names = sorted(

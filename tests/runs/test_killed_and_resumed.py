@@ -47,6 +47,7 @@ def undisturbed(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_killed_five_times_ends_as_an_undisturbed_one(undisturbed, tmp_path):
     killed = tmp_path / "run"
     chance = random.Random(7)

@@ -227,7 +227,10 @@ def test_micro_batches(finished, project, call, tmp_path):
     assert_same_curves(tmp_path / "run", finished.workdir, 1e-5)
 
 
-@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+    ("data", "fsdp", "tensor"),
+    [pytest.param(8, 1, 1, marks=pytest.mark.slow), pytest.param(1, 8, 1, marks=pytest.mark.slow), (2, 2, 2)],
+)
 def test_meshes(finished, project, call, tmp_path, devices, data, fsdp, tensor):
     devices(8)
     mesh = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}

@@ -169,6 +169,7 @@ def left(command, project, tmp_path) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_asked_to_leave(command, undisturbed, project, left):
     record = json.loads((left / "record.json").read_text())
     arguments = project.arguments(left, **SHAPE)
@@ -191,6 +192,7 @@ def test_asked_to_leave(command, undisturbed, project, left):
     assert int(command.output.rpartition("found in the cache: ")[2]) >= 2
 
 
+@pytest.mark.slow
 def test_newest_checkpoint_cut_short(command, undisturbed, project, left):
     """The one before is used, which is said, and the run ends as if nothing had been lost."""
     steps = sorted(int(entry.name) for entry in (left / "checkpoints").iterdir())
@@ -205,6 +207,7 @@ def test_newest_checkpoint_cut_short(command, undisturbed, project, left):
     assert_same(left, undisturbed(SHAPE))
 
 
+@pytest.mark.slow
 def test_all_checkpoints_cut_short(command, undisturbed, project, left):
     for file in (left / "checkpoints").rglob("*"):
         if file.is_file():

@@ -167,6 +167,7 @@ def test_a_spike_is_applied_or_not_as_its_setting_says_and_remembered(make_tiny,
     assert float(after.recent.loss[8]) == pytest.approx(float(sums.nll / sums.weight))
 
 
+@pytest.mark.slow
 def test_rows_nll_are_the_means_of_the_rows(make_tiny, step):
     tiny = make_tiny()
     batch = tiny.batch(0, 4, 16, 2)
