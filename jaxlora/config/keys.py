@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import math
 import numbers
+import shlex
 import types
 import typing
 from collections.abc import Callable
@@ -86,7 +87,7 @@ class Key:
         example = ",".join(self.default) if isinstance(self.default, tuple) else self.default
         if self.required or example == "":
             example = "VALUE"
-        return f"Set it in the config file, or with --config.{self.path}={example}."
+        return f"Set it in the config file, or with {shlex.quote(f'--config.{self.path}={example}')}."
 
     def check(self, value: Any) -> Any:
         """Returns the value in the key's own type (an integer as a float, a list as a tuple).

@@ -86,8 +86,10 @@ class Evaluate:
         if found.texts:
             self.write_texts(step, found.texts)
         shown, answers = _shown(found.metrics)
-        line = f"eval at step {step}: {shown}  ({self._compared(now, better)})"
-        for line in (line, *([f"  answers: {answers}"] if answers else []), *found.shown):
+        self.say(f"eval at step {step}: {shown}  ({self._compared(now, better)})")
+        if answers:
+            self.say(f"  answers: {answers}")
+        for line in found.shown:
             self.say(line)
 
     def _rank(self, now: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 
 import pytest
 from hypothesis import given
@@ -166,9 +167,10 @@ def test_a_required_key_that_is_missing_is_asked_for(path):
 
 @pytest.mark.parametrize("path", KEYS)
 def test_the_remedy_sets_a_value_that_is_allowed(path):
-    """What an error tells a person to type has to work."""
+    """What an error tells a person to type has to work, in a shell."""
     key = KEYS[path]
-    text = re.search(r"--config\.([^=]+)=(.*)\.$", key.remedy)
+    (typed,) = shlex.split(key.remedy.partition("or with ")[2].removesuffix("."))
+    text = re.fullmatch(r"--config\.([^=]+)=(.*)", typed)
     assert text
     assert text[1] == path
     assert text[2] == "VALUE" or key.check(key.parse(text[2])) == key.default
