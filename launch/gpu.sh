@@ -37,35 +37,45 @@ workdir="" restarts=3 at_reboot=no again=no venv=$root/.venv cuda=13
 check_driver() {
     local least=580 version
     if [[ $cuda == 12 ]]; then least=525; fi
+    if [[ $again == yes ]]; then wait_for_driver; fi
     version=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) || version=""
     [[ $version =~ ^([0-9]+) ]] || die "nvidia-smi finds no NVIDIA GPU here; install the driver (version $least or later) first"
     ((BASH_REMATCH[1] >= least)) ||
         die "the NVIDIA driver is $version, and CUDA $cuda needs $least or later; update it$([[ $cuda == 12 ]] || echo ', or give --cuda 12')"
 }
 
+# Cron may be there before the driver is.
+wait_for_driver() {
+    local attempt
+    for ((attempt = 0; attempt < 30; attempt++)); do
+        if nvidia-smi >/dev/null 2>&1; then return; fi
+        sleep 10
+    done
+}
+
 # ---- the crontab --------------------------------------------------------------------------------------------------
 
 mark() { echo "# jaxlora $workdir"; }
 
-set_crontab() { # [LINE]: the crontab with this run's line replaced, or taken out
-    local others
-    others=$(crontab -l 2>/dev/null | grep -vxF "$(mark)" | grep -vF " $(mark)" || true)
-    printf '%s\n' ${others:+"$others"} ${1:+"$1"} | crontab -
+# The crontab without this run's line.
+other_lines() {
+    crontab -l 2>/dev/null | mark=$(mark) awk \
+        '{ mark = ENVIRON["mark"] } substr($0, length($0) - length(mark) + 1) != mark' || true
 }
 
 start_after_reboot() {
     local line
-    # A % would end the line for cron.
-    line="@reboot $(quoted bash "$root/launch/gpu.sh" "$@" | sed 's/%/\\%/g') $(mark)"
+    line="@reboot $(quoted bash "$root/launch/gpu.sh" "$@") >>$(quoted "$workdir.log") 2>&1 $(mark)"
+    line=${line//%/\\%} # a bare one would end the line for cron
     if [[ $dry_run == yes ]]; then
         printf '(crontab -l; echo %s) | crontab -\n' "$(quoted "$line")"
     else
-        set_crontab "$line"
+        { other_lines && printf '%s\n' "$line"; } | crontab -
     fi
 }
 
 forget_reboot() {
-    if [[ $dry_run == no ]] && crontab -l 2>/dev/null | grep -qF " $(mark)"; then set_crontab; fi
+    if [[ $dry_run == no ]] && crontab -l 2>/dev/null | grep -qF " $(mark)"; then other_lines | crontab -; fi
 }
 
 # ---- the commands -------------------------------------------------------------------------------------------------
@@ -143,7 +153,7 @@ case $step in
         check_train_arguments "$@"
         run "$@"
         ;;
-    log) follow_log "$workdir" ;;
+    log) follow_log "$workdir" "$workdir" ;;
     status) tell_status "$workdir" "$workdir" ;;
     stop) stop ;;
 esac

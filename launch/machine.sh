@@ -87,12 +87,18 @@ start_run() { # WORKDIR FILES RESTARTS COMMAND...
     say "$workdir: started (process $!); its log is $files.log"
 }
 
-# From the last lines on, until the run ends or Ctrl-C; the run goes on without its reader.
-follow_log() { # FILES
+# The last lines, and what follows until the run ends or Ctrl-C; the run goes on without its reader.
+follow_log() { # WORKDIR FILES
     local pid
-    [[ -e $1.log ]] || [[ $dry_run == yes ]] || fail "$1.log: no log yet; start the run first."
-    pid=$(supervisor "$1")
-    call tail -n 100 -F ${pid:+--pid="$pid"} "$1.log"
+    pid=$(supervisor "$2")
+    if [[ $pid || $dry_run == yes ]]; then
+        call tail -n 100 -F ${pid:+--pid="$pid"} "$2.log"
+    elif [[ -e $2.log ]]; then
+        tail -n 100 "$2.log"
+        say "$1: not running"
+    else
+        fail "$2.log: no log yet; start the run first"
+    fi
 }
 
 tell_status() { # WORKDIR FILES

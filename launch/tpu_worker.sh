@@ -127,7 +127,7 @@ case $step in
         check_train_arguments "$@"
         start "$@"
         ;;
-    log) follow_log "$files" ;;
+    log) follow_log "$workdir" "$files" ;;
     status) tell_status "$workdir" "$files" ;;
     stop) stop_run "$workdir" "$files" ;;
     *) die "there is no command '$step'; there are install, run, log, status, stop" ;;
