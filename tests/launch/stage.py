@@ -1,8 +1,8 @@
 """A stage for the scripts of launch/: stand-ins for what they call, first in PATH, that note their calls.
 
-Nothing outside the stage is touched: HOME is a folder of its own, and what would need root, a network or an accelerator
-is a stand-in. gcloud's plays a Cloud TPU: `create`, `delete` and `describe` agree on a state, and what `ssh` and `scp` are
-given is done, by bash, in a home of each worker's own.
+Nothing outside the stage is touched: HOME is a folder of its own, and what would need root, a network or an
+accelerator is a stand-in. gcloud's plays a Cloud TPU: `create`, `delete` and `describe` agree on a state, and what
+`ssh` and `scp` are given is done, by bash, in a home of each worker's own.
 """
 
 import os
@@ -83,7 +83,7 @@ case $1 in
     chmod) mkdir -p "${@: -1}" ;;
 esac
 """,
-    "mountpoint": '[[ -e $HOME/mounted ]]',
+    "mountpoint": "[[ -e $HOME/mounted ]]",
     # As on a TPU VM: a boot disk with partitions, and a disk beside it.
     "lsblk": r"""
 case "$*" in
@@ -146,9 +146,7 @@ class Stage:
         for name, body in BODIES.items():
             self._write(self.bin / name, body)
         self._write(folder / "python", PYTHON)
-        self._write(
-            folder / "uv", 'mkdir -p "${@: -1}/bin" && cp "$STAGE/python" "${@: -1}/bin/python"\n'
-        )
+        self._write(folder / "uv", 'mkdir -p "${@: -1}/bin" && cp "$STAGE/python" "${@: -1}/bin/python"\n')
         self.set("workers", "0")
         self.set("python-unfit", "0")
         self.set("file-system", "ext4\n")
@@ -179,7 +177,12 @@ class Stage:
         return [str(self.checkout / "launch" / words[0]), *map(str, words[1:])]
 
     def environment(self, **more: str) -> dict[str, str]:
-        return {"STAGE": str(self.folder), "HOME": str(self.home), "PATH": f"{self.bin}:/usr/bin:/bin", **more}
+        return {
+            "STAGE": str(self.folder),
+            "HOME": str(self.home),
+            "PATH": f"{self.bin}:/usr/bin:/bin",
+            **more,
+        }
 
     def calls(self, *names: str) -> list[Call]:
         """What was called since the last `forget`, in order; of these names, or of all."""
@@ -202,7 +205,9 @@ class Stage:
             if file.exists() and file.read_text().count(text) >= times:
                 return file.read_text()
             time.sleep(0.025)
-        raise AssertionError(f"{file} does not hold {text!r}: {file.read_text() if file.exists() else 'none'}")
+        raise AssertionError(
+            f"{file} does not hold {text!r}: {file.read_text() if file.exists() else 'none'}"
+        )
 
     @staticmethod
     def _write(file: Path, body: str) -> None:
