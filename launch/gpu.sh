@@ -98,7 +98,7 @@ run() { # TRAIN ARGUMENTS
     elif [[ $at_reboot == yes ]]; then
         start_after_reboot run --again --workdir "$workdir" --restarts "$restarts" --venv "$venv" --cuda "$cuda" -- "$@"
     fi
-    start_run "$workdir" "$workdir" "$restarts" "$venv/bin/python" -m jaxlora.train "$@" --workdir "$workdir"
+    start_run "$workdir" "$workdir" "$restarts" 10 "$venv/bin/python" -m jaxlora.train "$@" --workdir "$workdir"
 }
 
 stop() {

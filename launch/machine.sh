@@ -64,9 +64,9 @@ supervisor() { # FILES
     if [[ $pid ]] && ps -o args= -p "$pid" 2>/dev/null | grep -qF supervise.sh; then echo "$pid"; fi
 }
 
-start_run() { # WORKDIR FILES RESTARTS COMMAND...
-    local workdir=$1 files=$2 restarts=$3
-    shift 3
+start_run() { # WORKDIR FILES RESTARTS PAUSE COMMAND...
+    local workdir=$1 files=$2 restarts=$3 pause=$4
+    shift 4
     if ended "$workdir"; then
         say "$workdir: this run has ended ($(run_status "$workdir"))"
         return
@@ -77,12 +77,12 @@ start_run() { # WORKDIR FILES RESTARTS COMMAND...
     fi
     if [[ $dry_run == yes ]]; then
         printf '%s >>%s 2>&1 </dev/null &\n' \
-            "$(quoted setsid nohup bash "$root/launch/supervise.sh" "$files.starts" "$restarts" "$@")" "$(quoted "$files.log")"
+            "$(quoted setsid nohup bash "$root/launch/supervise.sh" "$files.starts" "$restarts" "$pause" "$@")" "$(quoted "$files.log")"
         return
     fi
     mkdir -p "$(dirname "$workdir")"
     cd "$root" || fail "$root: cannot be entered"
-    setsid nohup bash "$root/launch/supervise.sh" "$files.starts" "$restarts" "$@" >>"$files.log" 2>&1 </dev/null &
+    setsid nohup bash "$root/launch/supervise.sh" "$files.starts" "$restarts" "$pause" "$@" >>"$files.log" 2>&1 </dev/null &
     echo $! >"$files.pid"
     say "$workdir: started (process $!); its log is $files.log"
 }

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs a command, and again after a crash, a bounded number of times: supervise.sh COUNT_FILE RESTARTS COMMAND...
+# Runs a command, and again after a crash, a bounded number of times: supervise.sh COUNT_FILE RESTARTS PAUSE COMMAND...
 #
-# COUNT_FILE holds how often the command was started, so that the bound holds across reboots; it goes when the command
+# Before it, PAUSE seconds pass, then twice as many, and so on. COUNT_FILE holds how often the command was started, so that the bound holds across reboots; it goes when the command
 # ends well. Not started again is what ended well (exit code 0), what was given wrong input (2), and what was asked to
 # leave: SIGTERM and SIGINT are handed on to the command, once, and it is waited for.
 set -euo pipefail
 
-count_file=$1 restarts=$2
-shift 2
+count_file=$1 restarts=$2 first_pause=$3
+shift 3
 child="" asked=no
 
 leave() {
@@ -47,7 +47,7 @@ while true; do
     if ((code == 0)); then rm -f "$count_file"; fi
     if ((code == 0 || code == 2)) || [[ $asked == yes ]]; then exit "$code"; fi
     if ((started >= restarts)); then continue; fi # says so above, and ends
-    pause=$((10 * (started + 1))) # a device that crashed needs a moment
+    pause=$((first_pause * (started + 1)))
     echo "== again in $pause s (restart $((started + 1)) of $restarts)"
     sleep "$pause" &
     wait $! || true

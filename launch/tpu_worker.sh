@@ -2,7 +2,7 @@
 # What tpu_vm.sh has every worker of a TPU VM do. Nobody needs to type it:
 #
 #   tpu_worker.sh install|run|log|status|stop --mount FOLDER (--nfs HOST:/SHARE | --disk | --scratch) [--format]
-#                 [--workdir FOLDER] [--restarts N] [--dry-run] [-- TRAIN ARGUMENTS]
+#                 [--workdir FOLDER] [--restarts N] [--dry-run] [--help] [-- TRAIN ARGUMENTS]
 #
 # install   mounts the storage, makes ~/jaxlora-venv with a Python of 3.11 to 3.13, installs jaxlora's requirements
 # run       starts training in the background, unless it runs or has ended; a crash starts it again, up to N times
@@ -68,12 +68,14 @@ worker_number() {
 }
 
 start() {
+    local pause=10
+    # On a pod, JAX finds the other workers by itself. They stop 60 s after one has died: earlier it could not come back.
+    if [[ $storage == nfs ]]; then pause=90; fi
     mount_storage
     if [[ $storage == disk ]]; then export HF_HOME=$mount/huggingface; fi # not downloaded again after a preemption
     if [[ $storage == nfs ]]; then umask 000; fi # all workers write one checkpoint; their user ids need not agree
     rm -f "$files.starts"
-    # On a pod, JAX finds the other workers by itself.
-    start_run "$workdir" "$files" "$restarts" \
+    start_run "$workdir" "$files" "$restarts" "$pause" \
         "$venv/bin/python" -m jaxlora.train "$@" --workdir "$workdir"
 }
 

@@ -10,7 +10,7 @@ SCRIPT = "supervise.sh"
 def supervise(stage, restarts: int, command: str):
     """What was printed, the exit code, and how often the command ran."""
     counted = f"echo run >>{stage.folder}/runs; {command}"
-    done = stage.run(SCRIPT, stage.folder / "starts", str(restarts), "bash", "-c", counted)
+    done = stage.run(SCRIPT, stage.folder / "starts", str(restarts), "10", "bash", "-c", counted)
     return done.stdout, done.returncode, (stage.folder / "runs").read_text().count("run\n")
 
 
@@ -40,7 +40,7 @@ def test_a_request_to_leave_is_handed_on_once(stage):
     log = stage.folder / "log"
     wait = f"until grep -q asked {log}; do /bin/sleep 0.05; done"
     command = f"trap 'echo asked >>{log}' TERM; echo began >>{log}; {wait}; exit 1"
-    with stage.start(SCRIPT, stage.folder / "starts", "3", "bash", "-c", command) as process:
+    with stage.start(SCRIPT, stage.folder / "starts", "3", "10", "bash", "-c", command) as process:
         stage.wait_for(log, "began")
         process.send_signal(signal.SIGTERM)
         told = process.stdout.read()

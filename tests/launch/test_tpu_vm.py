@@ -158,6 +158,14 @@ def test_all_workers_of_a_pod_run_it_and_have_logs_of_their_own(stage):
     assert all("--worker=all" in words for words in gcloud(stage))
 
 
+def test_a_worker_of_a_pod_comes_back_after_the_others_have_stopped(stage):
+    stage.run(SCRIPT, "install", *pod(stage))
+    stage.set("train", 'echo x >>"$STAGE/trained"; (($(wc -l <"$STAGE/trained") > 1)) || exit 1')
+    stage.run(SCRIPT, "run", *pod(stage), *TRAIN)
+    log = stage.wait_for(stage.folder / "share/runs/one.log", "exit code 0")
+    assert "exit code 1\n== again in 90 s" in log  # --lost-after is 60
+
+
 def test_a_new_vm_refuses_connections_for_a_while(stage):
     stage.set("refused", "1\n2\n")
     done = stage.run(SCRIPT, "install", *single(stage))
