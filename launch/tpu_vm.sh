@@ -259,6 +259,20 @@ delete() {
     fi
 }
 
+# There is no VM. With --queued the request may still wait, and keeps its place; or it ended, and still holds the name.
+come_back() {
+    local request=ABSENT
+    if [[ $queued == yes ]]; then request=$(state queued-resources); fi
+    case $request in
+        ABSENT) create ;;
+        FAILED | SUSPENDED)
+            delete
+            create
+            ;;
+        *) wait_in_queue ;;
+    esac
+}
+
 resume() {
     local now=PREEMPTED
     if [[ $dry_run == yes ]]; then
@@ -269,16 +283,14 @@ resume() {
         say "$name is $now"
     fi
     case $now in
-        READY) ;;
+        READY) if ! on_worker all test -e jaxlora-installed; then install; fi ;; # an earlier resume may have been cut off
         PREEMPTED | TERMINATED)
             delete
             create
             install
             ;;
         ABSENT)
-            # The VM of a queued resource may be gone while the request still holds the name.
-            if [[ $queued == yes && $(state queued-resources) != ABSENT ]]; then delete; fi
-            create
+            come_back
             install
             ;;
         *) fail "$name is $now: nothing done; try again when it is READY, PREEMPTED or TERMINATED" ;;

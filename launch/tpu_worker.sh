@@ -74,6 +74,7 @@ start() {
     mount_storage
     if [[ $storage == disk ]]; then export HF_HOME=$mount/huggingface; fi # not downloaded again after a preemption
     if [[ $storage == nfs ]]; then umask 000; fi # all workers write one checkpoint; their user ids need not agree
+    [[ $dry_run == yes || -x $venv/bin/python ]] || die "$venv: there is no virtual environment; install first"
     rm -f "$files.starts"
     start_run "$workdir" "$files" "$restarts" "$pause" \
         "$venv/bin/python" -m jaxlora.train "$@" --workdir "$workdir"
@@ -121,9 +122,11 @@ files=$workdir
 
 case $step in
     install)
+        call rm -f "$HOME/jaxlora-installed"
         mount_storage
         make_environment "$venv"
         install_packages "$venv" tpu
+        call touch "$HOME/jaxlora-installed" # the whole of it, for resume
         ;;
     run)
         check_train_arguments "$@"

@@ -39,6 +39,7 @@ def steps(stage: Stage) -> list[str]:
     return told
 
 
+GONE = "ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: no such node\n"
 RESUMED = [
     *("tpu-vm delete", "tpu-vm create", "tpu-vm ssh", "tpu-vm scp", "tpu-vm ssh", "work install", "work run"),
 ]
@@ -151,6 +152,7 @@ def test_all_workers_of_a_pod_run_it_and_have_logs_of_their_own(stage):
     assert {call.arguments for call in stage.trainings()} == {
         ("-m", "jaxlora.train", *TRAIN[1:], "--workdir", f"{share}/runs/one")
     }
+    assert (share / "runs/one.log").stat().st_mode & 0o777 == 0o666  # the workers' user ids may differ
     mounts = [call for call in stage.calls("sudo") if call.arguments[0] == "mount"]
     assert [(call.home, call.arguments[1:]) for call in mounts] == [
         (home, ("-t", "nfs", "-o", "hard", "10.0.0.2:/jl", str(share))) for home in homes
@@ -269,14 +271,39 @@ def test_a_vm_that_is_there_only_runs(stage):
     stage.run(SCRIPT, "install", *single(stage))
     stage.forget()
     assert stage.run(SCRIPT, "resume", *single(stage), *TRAIN).returncode == 0
-    assert steps(stage) == ["tpu-vm describe", "work run"]
+    assert steps(stage) == ["tpu-vm describe", "tpu-vm ssh", "work run"]
+    stage.wait_for(stage.folder / "share/runs/one.log", "exit code 0")
+
+
+def test_a_vm_that_is_there_and_bare_is_installed(stage):
+    """Somebody's laptop was closed after create."""
+    assert stage.run(SCRIPT, "resume", *single(stage), *TRAIN).returncode == 0
+    assert steps(stage) == ["tpu-vm describe", "tpu-vm ssh", *RESUMED[2:]]
     stage.wait_for(stage.folder / "share/runs/one.log", "exit code 0")
 
 
 def test_a_vm_that_is_gone_is_made(stage):
-    stage.set("tpu-vm-states", "ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: no such node\n")
+    stage.set("tpu-vm-states", GONE)
     assert stage.run(SCRIPT, "resume", *single(stage), *TRAIN).returncode == 0
     assert steps(stage) == ["tpu-vm describe", *RESUMED[1:]]
+    stage.wait_for(stage.folder / "share/runs/one.log", "exit code 0")
+
+
+@pytest.mark.parametrize(
+    ("request_states", "between"),
+    [
+        (f"{GONE}ACTIVE\n", "describe create describe"),
+        ("SUSPENDED\nACTIVE\n", "describe delete create describe"),
+        ("WAITING_FOR_RESOURCES\nPROVISIONING\nACTIVE\n", "describe describe describe"),  # it keeps its place
+    ],
+)
+def test_what_is_left_of_a_queued_request(stage, request_states, between):
+    stage.set("tpu-vm-states", GONE)
+    stage.set("queued-resources-states", request_states)
+    done = stage.run(SCRIPT, "resume", *single(stage), "--queued", *TRAIN)
+    assert done.returncode == 0, done.stderr
+    queue = [f"queued-resources {step}" for step in between.split()]
+    assert steps(stage) == ["tpu-vm describe", *queue, *RESUMED[2:]]
     stage.wait_for(stage.folder / "share/runs/one.log", "exit code 0")
 
 
