@@ -5,11 +5,14 @@ accelerator is a stand-in. gcloud's plays a Cloud TPU: `create`, `delete` and `d
 `ssh` and `scp` are given is done, by bash, in a home of each worker's own.
 """
 
+import contextlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -168,10 +171,36 @@ class Stage:
             timeout=20,
         )
 
-    def start(self, *words: str | Path) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            self._command(words), env=self.environment(), cwd=self.home, stdout=subprocess.PIPE, text=True
-        )
+    @contextlib.contextmanager
+    def start(self, *words: str | Path) -> "Iterator[subprocess.Popen[bytes]]":
+        """What prints into the file `output` of the stage, and is ended at the latest with the block."""
+        with open(self.output, "wb") as output:
+            process = subprocess.Popen(
+                self._command(words),
+                env=self.environment(),
+                cwd=self.home,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            yield process
+            process.wait(timeout=20)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def end(self) -> None:
+        """Ends what a failed test has left running in the background: the leaders of sessions in the .pid files."""
+        for file in self.folder.rglob("*.pid"):
+            command = Path(f"/proc/{file.read_text().strip()}/cmdline")
+            if command.exists() and str(self.folder) in command.read_text():
+                os.killpg(int(file.read_text()), signal.SIGKILL)
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "output"
 
     def _command(self, words: tuple[str | Path, ...]) -> list[str]:
         return [str(self.checkout / "launch" / words[0]), *map(str, words[1:])]

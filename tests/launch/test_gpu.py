@@ -1,5 +1,6 @@
 """launch/gpu.sh: one machine with GPUs, in the background, across crashes and reboots."""
 
+import re
 import shlex
 import time
 
@@ -77,6 +78,7 @@ def test_a_reboot_is_gone_on_after(stage):
     crontab = (stage.folder / "crontab").read_text()
     assert crontab.startswith(others)
     (line,) = crontab.removeprefix(others).splitlines()
+    assert not re.search(r"(?<!\\)%", line)  # a bare one ends the line for cron
     stage.forget()
     stage.set("train", "exit 1")
     assert stage.run("/bin/sh", "-c", line.removeprefix("@reboot ").replace("\\%", "%")).returncode == 0
