@@ -8,8 +8,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlora.core.errors import InputError
+from jaxlora.core.spread import Spread
 from jaxlora.core.tree import Path, map_leaves
-from jaxlora.training.losses import Spread
 
 PARAMETERS: dict[str, tuple[str | None, ...]] = {
     # module's name: the logical axes of its kernel or embedding, without the leading axis of layers
@@ -104,8 +104,8 @@ def activation_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
-def loss_spread(placement: jax.sharding.Sharding | None, vocabulary: int) -> Spread | None:
-    """How the loss is spread over the mesh that the residual stream lies on; None where it lies on none.
+def head_spread(placement: jax.sharding.Sharding | None, vocabulary: int) -> Spread | None:
+    """How products with the head are spread over the mesh of the residual stream; None where it lies on none.
 
     The words are cut over `tensor` and `fsdp`, as far as they divide, and devices that hold different words compute
     the same tokens. (Stored, the head is cut over `fsdp` along its width, as the embedding that it may be: a look-up

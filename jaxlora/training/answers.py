@@ -16,7 +16,7 @@ from jaxlora.data.chat import ChatEncoder
 from jaxlora.data.rows import Conversation, Message
 from jaxlora.models.decoder import Decoder
 from jaxlora.models.decoding import Sampling, answer_batch, bucket, left_pad
-from jaxlora.parallel.sharding import batch_sharding, cache_sharding
+from jaxlora.parallel.sharding import batch_sharding, cache_sharding, head_spread
 from jaxlora.training.metrics import ANSWER_METRICS, Answered
 
 
@@ -61,6 +61,7 @@ class AnswerProgram:
             decoder,
             max_new_tokens=max_new_tokens,
             cache_sharding=cache_sharding(mesh, decoder.spec.num_kv_heads),
+            spread=head_spread(decoder.activation_sharding, decoder.spec.vocab_size),
         )
         options = compiler_options(mesh.devices.flat[0].platform)
         self.jitted = jax.jit(answer, compiler_options=options)

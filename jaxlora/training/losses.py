@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
+
+from jaxlora.core.spread import Spread, at
 
 CHUNK = 128
 """Tokens whose logits exist at once: 128 x 151,936 float32 are 78 MB. With devices that share the work, so many for
@@ -50,26 +51,6 @@ class TokenMetrics(NamedTuple):
     top5: Float[Array, "B T"]
     entropy: Float[Array, "B T"]
     confidence: Float[Array, "B T"]
-
-
-class Spread(NamedTuple):
-    """Where the loss is computed on a mesh; `parallel.sharding.loss_spread` makes it.
-
-    Attributes:
-        head: of the output embedding [V, D]: V over the devices that hold parts of it.
-        tokens: of a chunk's inputs [B, C, ...]: all rows of the devices that share a head.
-        logits: of a chunk's logits [B, C, V].
-        rows: of what leaves, [B, C, ...]: as in the batch.
-        words: parts that V is in.
-        parts: parts that the logits are in.
-    """
-
-    head: NamedSharding
-    tokens: NamedSharding
-    logits: NamedSharding
-    rows: NamedSharding
-    words: int
-    parts: int
 
 
 def cross_entropy(
@@ -131,7 +112,7 @@ def _in_chunks(
     hidden, unembed, targets, weights, smoothing, chunk: int, spread: Spread | None, with_gradient: bool
 ) -> Any:
     """Scans over time in chunks; returns (objective, TokenLosses, gradient [B, T, D] or None)."""
-    head = _at(unembed.astype(hidden.dtype), spread and spread.head)
+    head = at(unembed.astype(hidden.dtype), spread and spread.head)
     # The mean as a matrix product: XLA's CPU backend would otherwise hold the whole head in float32 to sum it. The
     # barrier keeps the compiler from seeing that the rows are ones, and turning the product back into that sum.
     ones = jax.lax.optimization_barrier(jnp.ones((8, head.shape[0]), head.dtype))
@@ -158,7 +139,7 @@ def _in_chunks(
         slope = exponentials / total[..., None] - jnp.where(onehot, 1.0 - smoothing, 0.0)
         slope = (w[..., None] * slope).astype(h.dtype)
         gradient = jnp.einsum("BCV,VD->BCD", slope, head, preferred_element_type=jnp.float32)
-        gradient = _at(gradient, spread and spread.rows)
+        gradient = at(gradient, spread and spread.rows)
         gradient = gradient - w[..., None] * smoothing * mean_row[None, None, :]
         return objective, (losses, gradient.astype(h.dtype))
 
@@ -183,7 +164,7 @@ def token_metrics(
     Args:
         hidden, unembed, targets, weights, chunk, spread: as for `cross_entropy`.
     """
-    head = _at(unembed.astype(hidden.dtype), spread and spread.head)
+    head = at(unembed.astype(hidden.dtype), spread and spread.head)
     weights = weights.astype(jnp.float32)
 
     def one(carry, inputs):
@@ -209,15 +190,11 @@ def token_metrics(
     return found
 
 
-def _at(x: Array, placement: NamedSharding | None) -> Array:
-    return x if placement is None else jax.lax.with_sharding_constraint(x, placement)
-
-
 def _logits(
     h: Float[Array, "B C D"], head: Float[Array, "V D"], spread: Spread | None
 ) -> Float[Array, "B C V"]:
     logits = jnp.einsum("BCD,VD->BCV", h, head, preferred_element_type=jnp.float32)
-    return _at(logits, spread and spread.logits)
+    return at(logits, spread and spread.logits)
 
 
 def _of_targets(
@@ -282,7 +259,7 @@ def _over_chunks(
         return jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :time]
 
     def placed(carry, chunk):
-        return one(carry, jax.tree.map(lambda x: _at(x, spread and spread.tokens), chunk))
+        return one(carry, jax.tree.map(lambda x: at(x, spread and spread.tokens), chunk))
 
     carry, outputs = jax.lax.scan(placed, start, jax.tree.map(split, inputs))
     return carry, jax.tree.map(join, outputs)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from jaxlora.core.prng import named
 from jaxlora.lora import variants
 from jaxlora.models.decoder import Decoder, unembedding
-from jaxlora.parallel.sharding import loss_spread
+from jaxlora.parallel.sharding import head_spread
 from jaxlora.training import spikes
 from jaxlora.training.losses import TokenMetrics, cross_entropy, token_metrics
 from jaxlora.training.optimizer import learning_rate, optimizer
@@ -70,7 +70,7 @@ def make_train_step(decoder: Decoder, dropout: bool = False) -> Callable[..., tu
             program.
     """
 
-    spread = loss_spread(decoder.activation_sharding, decoder.spec.vocab_size)
+    spread = head_spread(decoder.activation_sharding, decoder.spec.vocab_size)
 
     def objective(adapter, base, anchor, norms, settings, key, rows: Batch):
         lora = variants.applied(adapter, settings.lora_scale, anchor, norms)
@@ -157,7 +157,7 @@ def make_eval_step(decoder: Decoder) -> Callable[..., TokenMetrics]:
     `lora` is the adapter as the decoder reads it, from `lora.variants.effective`; {} for the bare base.
     """
 
-    spread = loss_spread(decoder.activation_sharding, decoder.spec.vocab_size)
+    spread = head_spread(decoder.activation_sharding, decoder.spec.vocab_size)
 
     def evaluate(lora: Mapping[str, Any], base: Mapping[str, Any], batch: Batch) -> TokenMetrics:
         hidden: Any = decoder.apply(

@@ -82,7 +82,7 @@ def test_the_count_is_that_of_the_traced_step(remat, targets):
 
 
 def test_the_count_is_nearly_what_xla_says_of_an_unrolled_step(monkeypatch):
-    """Without a loop XLA counts everything, also what is no product, but for the gradient of the first layer's input."""
+    """Without a loop XLA counts everything, not the products alone, but no gradient of the first layer's input."""
     scan = decoder_module.nn.scan
     monkeypatch.setattr(decoder_module.nn, "scan", lambda *a, **k: scan(*a, **k, unroll=k["length"]))
     length = losses.CHUNK // ROWS  # one chunk of the loss

@@ -80,7 +80,10 @@ ENTRY %main.1 (a: f32[4,8]) -> f32[4,8] {
 def test_the_forms_in_which_it_is_written():
     found = {(one.kind, one.times, one.loops): (one.shapes, one.moved) for one in collectives(HLO)}
     assert found == {
-        ("all-gather", 28, 1): (((1, 64, 8),), 3 / 4 * 64 * 8 * 2),  # once a layer, not where it is waited for
+        ("all-gather", 28, 1): (
+            ((1, 64, 8),),
+            3 / 4 * 64 * 8 * 2,
+        ),  # once a layer, not where it is waited for
         ("collective-permute", 28 * 4, 2): (((4, 8),), 4 * 8 * 4),
         ("all-reduce", 28, 1): (((32,), (2, 8)), 2 * 3 / 4 * (32 + 16) * 4),
         ("reduce-scatter", 3, 1): (((2, 8),), 3 / 4 * 4 * 2 * 8 * 4),
