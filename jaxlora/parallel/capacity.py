@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxlora.core.errors import InputError
+from jaxlora.parallel import chips
+
 
 class Capacity(NamedTuple):
     """What a run may take of each device.
@@ -31,10 +34,20 @@ def capacity(memory_gb: float, devices: Iterable[Any]) -> Capacity:
     Args:
         memory_gb: mesh.memory_gb; 0 asks the device, or, where it has no memory of its own (a CPU), the machine, whose
             memory its devices share.
-        devices: of the run.
+        devices: of the run; they may be described only (`parallel.topology`), then a table knows their memory.
+    Raises:
+        InputError: the table does not.
     """
     if memory_gb:
         return Capacity(round(memory_gb * 1e9), "mesh.memory_gb")
+    devices = list(devices)
+    if described(devices[0]):
+        chip = chips.find(devices[0].device_kind)
+        if chip is None:
+            raise InputError(
+                f"nothing is known of the memory of a {devices[0].device_kind}; say it with --config.mesh.memory_gb."
+            )
+        return Capacity(chip.memory, f"what programs may take of a {chip.name}")
     local = [device for device in devices if device.process_index == jax.process_index()]
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in local]
     known = [limit for limit in limits if limit]
@@ -42,6 +55,11 @@ def capacity(memory_gb: float, devices: Iterable[Any]) -> Capacity:
         return Capacity(min(known), "the device's own")
     shared = f", shared by {len(local)} devices" if len(local) > 1 else ""
     return Capacity(machine_memory() // len(local), f"the machine's{shared}")
+
+
+def described(device: Any) -> bool:
+    """Whether a device is only described, to be compiled for: nothing can be placed on it."""
+    return type(getattr(device, "client", None)).__name__ == "CompileOnlyPyClient"
 
 
 def machine_memory(root: Path = Path("/")) -> int:

@@ -1,5 +1,6 @@
 """Where every array lives: one table from parameters to logical axes, one from logical axes to the mesh."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlora.core.errors import InputError
+from jaxlora.core.spread import Spread
 from jaxlora.core.tree import Path, map_leaves
 
 PARAMETERS: dict[str, tuple[str | None, ...]] = {
@@ -100,6 +102,37 @@ def batch_sharding(mesh: Mesh, micro_batches: bool) -> NamedSharding:
 def activation_sharding(mesh: Mesh) -> NamedSharding:
     """The residual stream [B, T, D]: rows as in the batch, the rest whole."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+def head_spread(placement: jax.sharding.Sharding | None, vocabulary: int) -> Spread | None:
+    """How products with the head are spread over the mesh of the residual stream; None where it lies on none.
+
+    The words are cut over `tensor` and `fsdp`, as far as they divide, and devices that hold different words compute
+    the same tokens. (Stored, the head is cut over `fsdp` along its width, as the embedding that it may be: a look-up
+    of words needs all words. Turning one into the other sends a device its own share of the head, not the head.)
+
+    Args:
+        placement: `activation_sharding`.
+        vocabulary: V.
+    """
+    if not isinstance(placement, NamedSharding):
+        return None
+    mesh, sizes = placement.mesh, placement.mesh.shape
+    candidates = (("tensor", "fsdp"), ("fsdp",), ("tensor",), ())
+    words = next(axes for axes in candidates if vocabulary % math.prod(sizes[axis] for axis in axes) == 0)
+    rows = tuple(axis for axis in ROWS if axis not in words)
+
+    def at(*axes: tuple[str, ...] | None) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return Spread(
+        head=at(words),
+        tokens=at(rows),
+        logits=at(rows, None, words),
+        rows=at(ROWS),
+        words=math.prod(sizes[axis] for axis in words),
+        parts=math.prod(sizes[axis] for axis in (*rows, *words)),
+    )
 
 
 def cache_sharding(mesh: Mesh, num_kv_heads: int) -> NamedSharding:

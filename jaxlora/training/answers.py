@@ -16,7 +16,7 @@ from jaxlora.data.chat import ChatEncoder
 from jaxlora.data.rows import Conversation, Message
 from jaxlora.models.decoder import Decoder
 from jaxlora.models.decoding import Sampling, answer_batch, bucket, left_pad
-from jaxlora.parallel.sharding import batch_sharding, cache_sharding
+from jaxlora.parallel.sharding import batch_sharding, cache_sharding, head_spread
 from jaxlora.training.metrics import ANSWER_METRICS, Answered
 
 
@@ -38,6 +38,58 @@ class Answer(NamedTuple):
     exact: bool
     tokens: int
     ended: bool
+
+
+class AnswerProgram:
+    """The program that answers a batch of prompts of one length, greedily; needs neither a prompt nor a tokenizer.
+
+    Args:
+        decoder: the model.
+        mesh: where base and adapter live.
+        length: of the padded prompts, a `decoding.bucket`.
+        max_new_tokens: longest answer.
+        stop_ids: that end an answer; of a program that is only compiled, their number counts.
+    """
+
+    def __init__(
+        self, decoder: Decoder, mesh: Mesh, length: int, max_new_tokens: int, stop_ids: Sequence[int] = (0,)
+    ):
+        self.length, self._mesh = length, mesh
+        self._stop_ids = np.asarray(stop_ids, np.int32)
+        answer = partial(
+            answer_batch,
+            decoder,
+            max_new_tokens=max_new_tokens,
+            cache_sharding=cache_sharding(mesh, decoder.spec.num_kv_heads),
+            spread=head_spread(decoder.activation_sharding, decoder.spec.vocab_size),
+        )
+        options = compiler_options(mesh.devices.flat[0].platform)
+        self.jitted = jax.jit(answer, compiler_options=options)
+
+    def lower(self, lora: Mapping[str, Any], base: Mapping[str, Any], batch_size: int) -> jax.stages.Lowered:
+        """Ready to be compiled (it brings its own compiler options).
+
+        Args:
+            lora: the adapter as the decoder reads it. base: frozen parameters. Of both, placed shapes are enough.
+            batch_size: B.
+        """
+        rows = batch_sharding(self._mesh, micro_batches=False)
+        tokens, numbers = (
+            jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+            for shape in ((batch_size, self.length), (batch_size,))
+        )
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+        rest = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), self._values()
+        )
+        return self.jitted.lower(base, lora, tokens, numbers, *rest, numbers)
+
+    def rest(self) -> tuple[Any, ...]:
+        """Stop ids, sampling and key: what is the same for all batches, placed."""
+        return jax.device_put(self._values(), NamedSharding(self._mesh, PartitionSpec()))
+
+    def _values(self) -> tuple[Any, ...]:
+        return self._stop_ids, Sampling(np.float32(0), np.float32(1)), jax.random.key(0)
 
 
 class Answers:
@@ -92,17 +144,9 @@ class Answers:
         self._ids, self._prompts, self._references = zip(*kept, strict=True)
         self._order = np.argsort([len(ids) for ids in self._ids], kind="stable")
         self._tokenizer, self.batch_size, self._mesh = encoder.tokenizer, batch_size, mesh
-        self._length = bucket(max(len(ids) for ids in self._ids))
-        self._stop_ids = np.asarray(encoder.end_of_turn_ids, np.int32)
-        answer = partial(
-            answer_batch,
-            decoder,
-            max_new_tokens=max_new_tokens,
-            cache_sharding=cache_sharding(mesh, decoder.spec.num_kv_heads),
-        )
-        options = compiler_options(mesh.devices.flat[0].platform)
-        self._jitted = jax.jit(answer, compiler_options=options)
-        self._program: Callable[..., Any] = self._jitted
+        length = bucket(max(len(ids) for ids in self._ids))
+        self._made = AnswerProgram(decoder, mesh, length, max_new_tokens, encoder.end_of_turn_ids)
+        self._program: Callable[..., Any] = self._made.jitted
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -116,12 +160,7 @@ class Answers:
             lora, base: as for `answer`, or their placed shapes.
             batch_size: another B than this one's.
         """
-        count, rows = batch_size or self.batch_size, batch_sharding(self._mesh, micro_batches=False)
-        tokens, numbers = (
-            jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-            for shape in ((count, self._length), (count,))
-        )
-        return self._jitted.lower(base, lora, tokens, numbers, *self._rest(), numbers)
+        return self._made.lower(lora, base, batch_size or self.batch_size)
 
     def compiled(self, program: Callable[..., Any], batch_size: int) -> "Answers":
         """The same prompts, answered by a program that came from `lower` for this batch size."""
@@ -145,10 +184,14 @@ class Answers:
             One answer a prompt, in the order of the conversations.
         """
         found: dict[int, Answer] = {}
-        rows, count, rest = batch_sharding(self._mesh, micro_batches=False), self.batch_size, self._rest()
+        rows, count, rest = (
+            batch_sharding(self._mesh, micro_batches=False),
+            self.batch_size,
+            self._made.rest(),
+        )
         for start in range(0, len(self), count):
             members = self._order[start : start + count]
-            tokens, padding = left_pad([self._ids[i] for i in members], count, self._length)
+            tokens, padding = left_pad([self._ids[i] for i in members], count, self._made.length)
             numbers = np.resize(members, count).astype(np.int32)
             batch = jax.device_put((tokens, padding), rows)
             answered = self._program(base, lora, *batch, *rest, jax.device_put(numbers, rows))
@@ -161,11 +204,6 @@ class Answers:
             if progress:
                 progress(min(start + count, len(self)), len(self))
         return [found[i] for i in range(len(self))]
-
-    def _rest(self) -> tuple[Any, ...]:
-        """Stop ids, sampling and key: what is the same for all batches."""
-        values = (self._stop_ids, Sampling(np.float32(0), np.float32(1)), jax.random.key(0))
-        return jax.device_put(values, NamedSharding(self._mesh, PartitionSpec()))
 
 
 def scores(answers: Sequence[Answer], metrics: Sequence[str], pattern: str) -> dict[str, float]:

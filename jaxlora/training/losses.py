@@ -4,7 +4,9 @@ The head is frozen, so the gradient with respect to the hidden states needs noth
 computed: each chunk of tokens makes its logits, takes loss, metrics and gradient from them, and drops them. Two
 matrix products a chunk, no recomputation, and peak memory that knows nothing of the number of tokens.
 
-A chunk is a stretch of time of all rows, so that rows spread over devices stay where they are.
+A chunk is a stretch of time of all rows, so that rows spread over devices stay where they are. Where the head is cut
+over devices too (`Spread`), each of them takes the hidden states of a chunk from the devices that share the head with
+it, makes the logits of its own words, and hands back its part of the gradient: the head itself never travels.
 """
 
 from collections.abc import Callable
@@ -15,8 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxlora.core.spread import Spread, at
+
 CHUNK = 128
-"""Tokens whose logits exist at once: 128 x 151,936 float32 are 78 MB."""
+"""Tokens whose logits exist at once: 128 x 151,936 float32 are 78 MB. With devices that share the work, so many for
+each of them."""
 
 
 class TokenLosses(NamedTuple):
@@ -55,6 +60,7 @@ def cross_entropy(
     weights: Float[Array, "B T"],
     label_smoothing: Float[Array, ""] | float = 0.0,
     chunk: int = CHUNK,
+    spread: Spread | None = None,
 ) -> tuple[Float[Array, ""], TokenLosses]:
     """Sum of the weighted, label-smoothed cross-entropy, and each token's plain losses.
 
@@ -69,31 +75,32 @@ def cross_entropy(
         targets: next-token ids.
         weights: 1 for a trained token, 0 for any other.
         label_smoothing: s in [0, 1), may be traced.
-        chunk: tokens whose logits exist at once.
+        chunk: tokens whose logits exist at once, for each device.
+        spread: where all of that is; None for one device, or to leave it to the compiler.
     Returns:
         (objective float32, TokenLosses). Nothing is divided: sums and weights leave here.
     Source: Szegedy et al. 2016, section 7 (label smoothing).
     """
     smoothing = jnp.asarray(label_smoothing, jnp.float32)
-    return _cross_entropy(hidden, unembed, targets, weights.astype(jnp.float32), smoothing, chunk)
+    return _cross_entropy(hidden, unembed, targets, weights.astype(jnp.float32), smoothing, chunk, spread)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _cross_entropy(hidden, unembed, targets, weights, smoothing, chunk):
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _cross_entropy(hidden, unembed, targets, weights, smoothing, chunk, spread):
     objective, losses, _ = _in_chunks(
-        hidden, unembed, targets, weights, smoothing, chunk, with_gradient=False
+        hidden, unembed, targets, weights, smoothing, chunk, spread, with_gradient=False
     )
     return objective, losses
 
 
-def _forward(hidden, unembed, targets, weights, smoothing, chunk):
+def _forward(hidden, unembed, targets, weights, smoothing, chunk, spread):
     objective, losses, gradient = _in_chunks(
-        hidden, unembed, targets, weights, smoothing, chunk, with_gradient=True
+        hidden, unembed, targets, weights, smoothing, chunk, spread, with_gradient=True
     )
     return (objective, losses), gradient
 
 
-def _backward(chunk, gradient, cotangents):
+def _backward(chunk, spread, gradient, cotangents):
     objective_cotangent, _ = cotangents  # the token losses are for reading, not for training
     return (gradient * objective_cotangent).astype(gradient.dtype), None, None, None, None
 
@@ -101,9 +108,11 @@ def _backward(chunk, gradient, cotangents):
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _in_chunks(hidden, unembed, targets, weights, smoothing, chunk: int, with_gradient: bool) -> Any:
+def _in_chunks(
+    hidden, unembed, targets, weights, smoothing, chunk: int, spread: Spread | None, with_gradient: bool
+) -> Any:
     """Scans over time in chunks; returns (objective, TokenLosses, gradient [B, T, D] or None)."""
-    head = unembed.astype(hidden.dtype)
+    head = at(unembed.astype(hidden.dtype), spread and spread.head)
     # The mean as a matrix product: XLA's CPU backend would otherwise hold the whole head in float32 to sum it. The
     # barrier keeps the compiler from seeing that the rows are ones, and turning the product back into that sum.
     ones = jax.lax.optimization_barrier(jnp.ones((8, head.shape[0]), head.dtype))
@@ -111,12 +120,12 @@ def _in_chunks(hidden, unembed, targets, weights, smoothing, chunk: int, with_gr
 
     def one(objective, inputs):
         h, y, w = inputs
-        logits = jnp.einsum("BCD,VD->BCV", h, head, preferred_element_type=jnp.float32)
+        logits = _logits(h, head, spread)
         top = jnp.max(logits, axis=-1)
         exponentials = jnp.exp(logits - top[..., None])
         total = jnp.sum(exponentials, axis=-1)
         lse = top + jnp.log(total)
-        right = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
+        right = _of_targets(logits, y, spread)
         mean = jnp.sum(h.astype(jnp.float32) * mean_row[None, None, :], axis=-1)
         smoothed = lse - (1.0 - smoothing) * right - smoothing * mean
         objective = objective + jnp.sum(jnp.where(w > 0, w * smoothed, 0.0))
@@ -130,11 +139,12 @@ def _in_chunks(hidden, unembed, targets, weights, smoothing, chunk: int, with_gr
         slope = exponentials / total[..., None] - jnp.where(onehot, 1.0 - smoothing, 0.0)
         slope = (w[..., None] * slope).astype(h.dtype)
         gradient = jnp.einsum("BCV,VD->BCD", slope, head, preferred_element_type=jnp.float32)
+        gradient = at(gradient, spread and spread.rows)
         gradient = gradient - w[..., None] * smoothing * mean_row[None, None, :]
         return objective, (losses, gradient.astype(h.dtype))
 
     start = jnp.zeros((), jnp.float32)
-    objective, (losses, gradient) = _over_chunks(one, start, (hidden, targets, weights), chunk)
+    objective, (losses, gradient) = _over_chunks(one, start, (hidden, targets, weights), chunk, spread)
     return objective, losses, gradient
 
 
@@ -144,6 +154,7 @@ def token_metrics(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     chunk: int = CHUNK,
+    spread: Spread | None = None,
 ) -> TokenMetrics:
     """What every metric of tokens is made of, without a gradient, from the same chunks as `cross_entropy`.
 
@@ -151,19 +162,21 @@ def token_metrics(
     no second array of a chunk's size is written.
 
     Args:
-        hidden, unembed, targets, weights, chunk: as for `cross_entropy`.
+        hidden, unembed, targets, weights, chunk, spread: as for `cross_entropy`.
     """
-    head, weights = unembed.astype(hidden.dtype), weights.astype(jnp.float32)
+    head = at(unembed.astype(hidden.dtype), spread and spread.head)
+    weights = weights.astype(jnp.float32)
 
     def one(carry, inputs):
         h, y, w = inputs
-        logits = jnp.einsum("BCD,VD->BCV", h, head, preferred_element_type=jnp.float32)
+        logits = _logits(h, head, spread)
         top = jnp.max(logits, axis=-1)
-        right = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
+        right = _of_targets(logits, y, spread)
         shifted = logits - top[..., None]
         exponentials = jnp.exp(shifted)
         above = (logits > right[..., None]).astype(jnp.float32)
-        total, moment, above = _sums(exponentials, exponentials * shifted, above)
+        group = _group(logits.shape[-1], spread)
+        total, moment, above = _sums(exponentials, exponentials * shifted, above, group=group)
         found = TokenMetrics(
             nll=top + jnp.log(total) - right,
             correct=(right >= top).astype(jnp.float32),
@@ -173,30 +186,58 @@ def token_metrics(
         )
         return carry, jax.tree.map(lambda x: jnp.where(w > 0, w * x, 0.0), found)
 
-    _, found = _over_chunks(one, None, (hidden, targets, weights), chunk)
+    _, found = _over_chunks(one, None, (hidden, targets, weights), chunk, spread)
     return found
+
+
+def _logits(
+    h: Float[Array, "B C D"], head: Float[Array, "V D"], spread: Spread | None
+) -> Float[Array, "B C V"]:
+    logits = jnp.einsum("BCD,VD->BCV", h, head, preferred_element_type=jnp.float32)
+    return at(logits, spread and spread.logits)
+
+
+def _of_targets(
+    logits: Float[Array, "B C V"], targets: Int[Array, "B C"], spread: Spread | None
+) -> Float[Array, "B C"]:
+    """The logit of each token's target."""
+    if spread is None:
+        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    # Picking by index would bring all words of a token to one device; a sum of zeros and one logit is exact.
+    chosen = targets[..., None] == jnp.arange(logits.shape[-1])[None, None, :]
+    return jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
 
 
 GROUP = 32
 """Words whose terms are added up in a row: see `_sums`."""
 
 
-def _sums(*terms: Float[Array, "B C V"]) -> list[Float[Array, "B C"]]:
+def _group(vocabulary: int, spread: Spread | None) -> int:
+    """`GROUP`, or the most below it of which a device's words make up whole groups."""
+    if spread is None or spread.words == 1:
+        return GROUP
+    own = vocabulary // spread.words
+    return next(size for size in range(GROUP, 0, -1) if own % size == 0)
+
+
+def _sums(*terms: Float[Array, "B C V"], group: int = GROUP) -> list[Float[Array, "B C"]]:
     """Sums over the vocabulary, all in one pass.
 
     XLA adds the terms of several sums one after the other, and a small term is lost beside a large sum: 150,000
     improbable words beside a certain one left out half of an nll of 0.004. So groups of words are added up first.
     """
-    padding = -terms[0].shape[-1] % GROUP
+    padding = -terms[0].shape[-1] % group
     grouped = [jnp.pad(x, ((0, 0), (0, 0), (0, padding))) for x in terms]
-    grouped = [x.reshape(*x.shape[:2], -1, GROUP) for x in grouped]
+    grouped = [x.reshape(*x.shape[:2], -1, group) for x in grouped]
     zeros = (jnp.zeros((), jnp.float32),) * len(terms)
     groups = jax.lax.reduce(tuple(grouped), zeros, lambda a, b: jax.tree.map(jnp.add, a, b), (3,))
     return [jnp.sum(group, axis=-1) for group in groups]
 
 
-def _over_chunks(one: Callable[..., Any], start: Any, inputs: tuple[Any, ...], chunk: int) -> Any:
-    """Scans over stretches of time of all rows, about `chunk` tokens each.
+def _over_chunks(
+    one: Callable[..., Any], start: Any, inputs: tuple[Any, ...], chunk: int, spread: Spread | None
+) -> Any:
+    """Scans over stretches of time of all rows, about `chunk` tokens each, or so many for each of the spread's parts.
 
     Args:
         one: (carry, inputs of a chunk [B, C, ...]) -> (carry, outputs [B, C, ...]).
@@ -206,7 +247,8 @@ def _over_chunks(one: Callable[..., Any], start: Any, inputs: tuple[Any, ...], c
         (last carry, outputs [B, T, ...]).
     """
     rows, time = inputs[0].shape[:2]
-    stretch = min(max(1, chunk // rows), time)  # positions of every row that make up a chunk
+    tokens = chunk * (spread.parts if spread else 1)
+    stretch = min(max(1, tokens // rows), time)  # positions of every row that make up a chunk
     padding = -time % stretch
 
     def split(x):  # [B, T, ...] -> [chunks, B, C, ...]
@@ -216,5 +258,8 @@ def _over_chunks(one: Callable[..., Any], start: Any, inputs: tuple[Any, ...], c
     def join(x):  # its inverse
         return jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :time]
 
-    carry, outputs = jax.lax.scan(one, start, jax.tree.map(split, inputs))
+    def placed(carry, chunk):
+        return one(carry, jax.tree.map(lambda x: at(x, spread and spread.tokens), chunk))
+
+    carry, outputs = jax.lax.scan(placed, start, jax.tree.map(split, inputs))
     return carry, jax.tree.map(join, outputs)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from jaxlora.core.prng import named
 from jaxlora.lora import variants
 from jaxlora.models.decoder import Decoder, unembedding
+from jaxlora.parallel.sharding import head_spread
 from jaxlora.training import spikes
 from jaxlora.training.losses import TokenMetrics, cross_entropy, token_metrics
 from jaxlora.training.optimizer import learning_rate, optimizer
@@ -69,6 +70,8 @@ def make_train_step(decoder: Decoder, dropout: bool = False) -> Callable[..., tu
             program.
     """
 
+    spread = head_spread(decoder.activation_sharding, decoder.spec.vocab_size)
+
     def objective(adapter, base, anchor, norms, settings, key, rows: Batch):
         lora = variants.applied(adapter, settings.lora_scale, anchor, norms)
         hidden: Any = decoder.apply(
@@ -80,7 +83,12 @@ def make_train_step(decoder: Decoder, dropout: bool = False) -> Callable[..., tu
             rngs={"dropout": key} if dropout else None,
         )
         total, losses = cross_entropy(
-            hidden, unembedding(base), rows["targets"], rows["weights"], settings.label_smoothing
+            hidden,
+            unembedding(base),
+            rows["targets"],
+            rows["weights"],
+            settings.label_smoothing,
+            spread=spread,
         )
         trained = jnp.maximum(jnp.sum(rows["weights"], axis=-1), 1.0)
         by_row = jnp.sum(losses.nll, axis=-1) / trained
@@ -149,10 +157,12 @@ def make_eval_step(decoder: Decoder) -> Callable[..., TokenMetrics]:
     `lora` is the adapter as the decoder reads it, from `lora.variants.effective`; {} for the bare base.
     """
 
+    spread = head_spread(decoder.activation_sharding, decoder.spec.vocab_size)
+
     def evaluate(lora: Mapping[str, Any], base: Mapping[str, Any], batch: Batch) -> TokenMetrics:
         hidden: Any = decoder.apply(
             {"params": base, "lora": lora}, batch["tokens"], batch["positions"], batch["segments"]
         )
-        return token_metrics(hidden, unembedding(base), batch["targets"], batch["weights"])
+        return token_metrics(hidden, unembedding(base), batch["targets"], batch["weights"], spread=spread)
 
     return evaluate

@@ -240,7 +240,7 @@ def test_the_unembedding_in_pieces_is_the_whole(monkeypatch):
     params = {"embed_tokens": {"embedding": jax.random.normal(jax.random.key(0), (61, 24))}}
     hidden = jax.random.normal(jax.random.key(1), (3, 24))
     monkeypatch.setattr(decoding, "_VOCABULARY_PIECE", 16)
-    found = jax.jit(decoding._logits)(params, hidden)
+    found = jax.jit(decoding._logits)(unembedding(params), hidden)
     np.testing.assert_allclose(found, hidden @ params["embed_tokens"]["embedding"].T, rtol=1e-5, atol=1e-5)
 
 

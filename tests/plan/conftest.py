@@ -70,11 +70,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def call(folder, capfd, monkeypatch):
-    """call("--rows", "2", key=value) -> (exit code, stdout, stderr) of the command, run in this process."""
+    """call("--rows", "2", key=value) -> (exit code, stdout, stderr) of the command, run in this process; of its part
+    "data", unless it is told another."""
 
     def call(*words, **changed):
         flags = [f"--config.{key.replace('__', '.')}={value}" for key, value in changed.items()]
-        arguments = ["--config", str(folder / "tiny.py"), *map(str, words), *flags]
+        only = [] if "--only" in words else ["--only", "data"]
+        arguments = ["--config", str(folder / "tiny.py"), *only, *map(str, words), *flags]
         monkeypatch.setattr(sys, "argv", ["jaxlora.plan", *arguments])
         capfd.readouterr()
         with pytest.raises(SystemExit) as left:

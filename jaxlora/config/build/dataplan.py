@@ -101,12 +101,18 @@ class Summary(NamedTuple):
         counts: (label, of data.train, of the held-out data).
         run: (label, value) of the schedule and the adapter; empty when there can be no run.
         refusals: why a run would not start.
+        figures: the same as numbers, for JSON.
     """
 
     found: list[str]
     counts: list[tuple[str, str, str]]
     run: list[tuple[str, str]]
     refusals: list[str]
+    figures: dict[str, Any]
+
+    def json(self) -> dict[str, Any]:
+        """What JSON can hold of it."""
+        return {"found": self.found, **self.figures, "refusals": self.refusals}
 
 
 def summary(config: Config, encoder: ChatEncoder, progress: Counter | None = None) -> Summary:
@@ -126,7 +132,7 @@ def summary(config: Config, encoder: ChatEncoder, progress: Counter | None = Non
     try:
         laid_out = data(config, encoder, found.append, progress)
     except LayoutError as error:
-        return Summary(found, [], [], [*refusals, str(error)])
+        return Summary(found, [], [], [*refusals, str(error)], {})
     descriptions = [f"data.train: {laid_out.train_source.description}"]
     if config.data.eval:
         descriptions.append(f"data.eval: {laid_out.eval_source.description}")
@@ -134,15 +140,82 @@ def summary(config: Config, encoder: ChatEncoder, progress: Counter | None = Non
         descriptions.append(f"held out: data.eval_fraction {config.data.eval_fraction:g} of data.train")
     columns = zip(_counts(laid_out.train), _counts(laid_out.eval), strict=True)
     counts = [(label, train, held_out) for (label, train), (_, held_out) in columns]
+    figures = {"train": count(laid_out.train), "eval": count(laid_out.eval)}
     try:
-        run = _run(config, laid_out.train, total_steps(config, laid_out.train))
+        steps = total_steps(config, laid_out.train)
+        run = _run(config, laid_out.train, steps)
+        figures["run"] = run_figures(config, laid_out.train, steps)
     except LayoutError as error:
         run = []
         refusals.append(str(error))
-    run.append(("LoRA scale", _scale(config)))
+    run.append(("LoRA scale", scale(config)))
     if config.optim.label_smoothing:
         run.append(("label smoothing", _smoothing(config.optim.label_smoothing, model, encoder)))
-    return Summary(descriptions, counts, run, refusals)
+    return Summary(descriptions, counts, run, refusals, figures)
+
+
+def count(batches: Batches | EvalBatches) -> dict[str, int | float]:
+    """What there is of some data, in numbers; `filled` is the share of the rows that is not padding."""
+    examples = batches.examples
+    return {
+        "conversations": examples.conversations,
+        "truncated": examples.truncated,
+        "dropped": examples.dropped,
+        "examples": len(examples),
+        "tokens": int(examples.tokens),
+        "trained_tokens": int(examples.trained_tokens),
+        "longest": int(examples.lengths.max()) + 1,
+        "rows": len(batches.rows),
+        "row_length": batches.max_length,
+        "filled": float(batches.efficiency),
+        "batches": batches.steps_per_epoch if isinstance(batches, Batches) else batches.num_batches,
+        "batch_size": batches.batch_size,
+    }
+
+
+def run_figures(config: Config, train: Batches, steps: int) -> dict[str, Any]:
+    """What a run of so many steps comes to."""
+    earliest = earliest_stop(config, steps, train.steps_per_epoch)
+    return {
+        "steps": steps,
+        "steps_per_epoch": train.steps_per_epoch,
+        "epochs": steps / train.steps_per_epoch,
+        "warmup_steps": config.optim.warmup_steps,
+        "warmup_share": config.optim.warmup_steps / steps,
+        "decay_budget": decay_budget(config.optim, steps),
+        "evaluations": evaluations(config, steps, train.steps_per_epoch),
+        "earliest_stop": None if earliest is None else {"evaluations": earliest[0], "step": earliest[1]},
+    }
+
+
+def eval_every(config: Config, steps_per_epoch: int) -> float:
+    """Steps between evaluations (with eval.adaptive, at most)."""
+    chosen = config.eval
+    return max(1.0, chosen.every_epochs * steps_per_epoch) if chosen.every_epochs else float(chosen.every)
+
+
+def evaluations(config: Config, steps: int, steps_per_epoch: int) -> int:
+    """Evaluations of a run, at its longest stretches: before the first step, in between, and after the last."""
+    every = eval_every(config, steps_per_epoch)
+    return 1 + math.ceil(steps / every - 1e-9)
+
+
+def earliest_stop(config: Config, steps: int, steps_per_epoch: int) -> tuple[int, int] | None:
+    """(evaluations made, step) where stop.patience could end a run first: one in which nothing ever improves.
+
+    The evaluation before the first step is the reference. Those before stop.min_steps do not count against it; nor
+    does the one after the last step, which ends the run anyway. None where no run can be stopped.
+    """
+    chosen, every = config.stop, eval_every(config, steps_per_epoch)
+    if chosen.patience is None:
+        return None
+    least = config.optim.warmup_steps if chosen.min_steps is None else chosen.min_steps
+    before = max(
+        0, math.ceil(least / every - 1e-9) - 1
+    )  # evaluations after the first one and before min_steps
+    number = before + chosen.patience
+    step = math.ceil(number * every - 1e-9)
+    return (number + 1, step) if step < steps else None
 
 
 def _counts(batches: Batches | EvalBatches) -> Iterator[tuple[str, str]]:
@@ -175,10 +248,25 @@ def _run(config: Config, train: Batches, steps: int) -> list[tuple[str, str]]:
             f"{optim.learning_rate:g}, then {optim.schedule} to {optim.final_fraction:.0%} of it",
         ),
         ("weight decay", f"{optim.weight_decay:g}: shrinks a weight by {shrinks} over the run"),
+        ("evaluations", f"{evaluations(config, steps, train.steps_per_epoch):,}"),
+        ("early stop", _patience(config, steps, train.steps_per_epoch)),
     ]
 
 
-def _scale(config: Config) -> str:
+def _patience(config: Config, steps: int, steps_per_epoch: int) -> str:
+    if config.stop.patience is None:
+        return "never (stop.patience is None)"
+    patience = f"stop.patience {config.stop.patience}"
+    earliest = earliest_stop(config, steps, steps_per_epoch)
+    if earliest is None:
+        return f"cannot happen: the run is too short for {patience}"
+    return (
+        f"not before step {earliest[1]:,}, the {earliest[0]:,}th evaluation ({patience}, nothing ever better)"
+    )
+
+
+def scale(config: Config) -> str:
+    """The scale on B A, and what it is made of."""
     spec = lora_spec(config)
     form = "rank {}" if spec.scaling == "alpha/r" else "sqrt(rank {})"
     found: dict[int, list[str]] = {}

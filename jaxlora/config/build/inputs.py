@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -79,14 +79,18 @@ class Data(HeldOut):
 # ---- model ----------------------------------------------------------------------------------------------------
 
 
-def model(config: Config, weights: bool = True) -> Model:
+def model(config: Config, weights: bool = True, devices: Sequence[Any] | None = None) -> Model:
     """Finds the base, reads its config, and lays out the mesh; loads no weights.
 
+    Args:
+        weights: whether they have to be there.
+        devices: of the mesh; None for those at hand.
     Raises:
         InputError: no such model, one that the decoder cannot compute, a mesh that does not fit the devices, or rows
             longer than the model's positions.
     """
-    mesh = make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor), jax.devices())
+    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(sizes, jax.devices() if devices is None else devices)
     found = find(config.model, mesh, weights)
     check_positions(config, found.spec.max_position_embeddings)
     check_rows("train.micro_batch_size", config.train.micro_batch_size, mesh)

@@ -17,7 +17,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 
@@ -34,6 +34,17 @@ from jaxlora.training.answers import Answers
 from jaxlora.training.state import TrainState
 
 Laid = TypeVar("Laid", bound=HeldOut)
+
+
+class Answerer(Protocol):
+    """Something that answers prompts in batches: `Answers`, or a stand-in for prompts that are not known yet."""
+
+    batch_size: int
+
+    def lower(
+        self, lora: Mapping[str, Any], base: Mapping[str, Any], batch_size: int
+    ) -> jax.stages.Lowered: ...
+
 
 # ---- what is needed ----------------------------------------------------------------------------------------------
 
@@ -60,7 +71,7 @@ def _output(compiled: jax.stages.Compiled) -> int:
     return 0 if memory is None else memory.output_size_in_bytes
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """A program, and the bytes that live beside it on each device."""
 
     program: jax.stages.Lowered
@@ -68,7 +79,7 @@ class _Part(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Work:
+class Work:
     """Something that is done in batches.
 
     Attributes:
@@ -78,11 +89,11 @@ class _Work:
     """
 
     name: str
-    lower: Callable[[int], list[_Part]]
+    lower: Callable[[int], list[Part]]
     outputs: int = 0
 
 
-class _Attempt(NamedTuple):
+class Attempt(NamedTuple):
     """A work's programs, compiled for one size of batch.
 
     Attributes:
@@ -91,53 +102,53 @@ class _Attempt(NamedTuple):
         need: bytes on each device for the one that needs the most; None where the compiler ran out.
     """
 
-    work: _Work
+    work: Work
     rows: int
     programs: list[Any]
     need: int | None
 
 
-def _attempts(model: Model, *wanted: tuple[_Work, int]) -> list[_Attempt]:
+def attempts(model: Model, *wanted: tuple[Work, int]) -> list[Attempt]:
     """Compiles works for so many rows each, all at once."""
     parts = [work.lower(rows) for work, rows in wanted]
     compiled = iter(programs.compile_all(model, [part.program for each in parts for part in each]))
-    attempts = []
+    made_of = []
     for (work, rows), each in zip(wanted, parts, strict=True):
         made, needs = [next(compiled) for _ in each], []
         for program, part in zip(made, each, strict=True):
             if program is not None:
                 needs.append(needed(program) + part.beside + work.outputs * _output(program))
-        attempts.append(_Attempt(work, rows, made, max(needs) if len(needs) == len(made) else None))
-    return attempts
+        made_of.append(Attempt(work, rows, made, max(needs) if len(needs) == len(made) else None))
+    return made_of
 
 
-def _training(config: Config, model: Model, state: TrainState) -> _Work:
-    def lower(rows: int) -> list[_Part]:
+def _training(config: Config, model: Model, state: TrainState) -> Work:
+    def lower(rows: int) -> list[Part]:
         changed = _with(config, "train", micro_batch_size=rows)
-        return [_Part(programs.lower_train(changed, model, state), 2 * _train_batch(config, model))]
+        return [Part(programs.lower_train(changed, model, state), 2 * _train_batch(config, model))]
 
-    return _Work("training", lower)
+    return Work("training", lower)
 
 
-def _evaluation(config: Config, model: Model, loras: Sequence[Mapping[str, Any]], beside: int) -> _Work:
-    def lower(rows: int) -> list[_Part]:
+def _evaluation(config: Config, model: Model, loras: Sequence[Mapping[str, Any]], beside: int) -> Work:
+    def lower(rows: int) -> list[Part]:
         changed = _with(config, "eval", batch_size=rows)
         batch = size_on_device(programs.batch_shapes(changed, model.mesh, rows))
         return [
-            _Part(programs.lower_evaluation(changed, model, lora), beside + others + batch)
+            Part(programs.lower_evaluation(changed, model, lora), beside + others + batch)
             for lora, others in _each(loras)
         ]
 
-    return _Work("evaluation", lower, outputs=1)
+    return Work("evaluation", lower, outputs=1)
 
 
-def _answering(answers: Answers, model: Model, loras: Sequence[Mapping[str, Any]], beside: int) -> _Work:
-    def lower(rows: int) -> list[_Part]:
+def _answering(answers: Answerer, model: Model, loras: Sequence[Mapping[str, Any]], beside: int) -> Work:
+    def lower(rows: int) -> list[Part]:
         return [
-            _Part(answers.lower(lora, model.shapes(), rows), beside + others) for lora, others in _each(loras)
+            Part(answers.lower(lora, model.shapes(), rows), beside + others) for lora, others in _each(loras)
         ]
 
-    return _Work("answers", lower, outputs=1)
+    return Work("answers", lower, outputs=1)
 
 
 def _each(loras: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], int]]:
@@ -181,6 +192,40 @@ class Fitted:
         return f"{needs}; a device has {told(self.capacity.size)} ({self.capacity.source})"
 
 
+class TrainingRefusedError(InputError):
+    """Training does not fit.
+
+    Attributes:
+        rows: the largest micro-batch that does; None for none.
+    """
+
+    def __init__(self, message: str, rows: int | None):
+        super().__init__(message)
+        self.rows = rows
+
+
+def works(
+    config: Config, model: Model, state: TrainState, answers: Answerer | None
+) -> list[tuple[Work, int]]:
+    """What a run does, each with the rows that it asks for: training, making the adapter readable, evaluation, answers.
+
+    Args:
+        state: shapes of the train state.
+        answers: the prompts to answer, if any.
+    """
+    lora, beside = programs.lora_shapes(model, state), _train_batch(config, model)
+    adapter = Work("the adapter", lambda _: [Part(programs.lower_effective(model, state, lora), beside)])
+    beside_evaluation = beside + size_on_device(state)
+    wanted = [
+        (_training(config, model, state), config.train.micro_batch_size),
+        (adapter, 1),
+        (_evaluation(config, model, [lora], beside_evaluation), config.eval.batch_size),
+    ]
+    if answers is not None:
+        wanted.append((_answering(answers, model, [lora], beside_evaluation), answers.batch_size))
+    return wanted
+
+
 def fit(
     config: Config, model: Model, state: TrainState, answers: Answers | None, progress: Progress
 ) -> Fitted:
@@ -196,20 +241,10 @@ def fit(
         InputError: training does not fit, or not even the smallest batch of something else.
     """
     have = capacity(config.mesh.memory_gb, model.mesh.devices.flat)
-    lora, beside = programs.lora_shapes(model, state), _train_batch(config, model)
-    adapter = _Work("the adapter", lambda _: [_Part(programs.lower_effective(model, state, lora), beside)])
-    beside += size_on_device(state)
-    wanted = [
-        (_training(config, model, state), config.train.micro_batch_size),
-        (adapter, 1),
-        (_evaluation(config, model, [lora], beside), config.eval.batch_size),
-    ]
-    if answers is not None:
-        wanted.append((_answering(answers, model, [lora], beside), answers.batch_size))
-    train, adapter, *others = _attempts(model, *wanted)
+    train, adapter, *others = attempts(model, *works(config, model, state, answers))
     if not have.holds(train.need) or not have.holds(adapter.need):
-        raise _training_refused(config, model, train, adapter, have, progress)
-    evaluation, *answering = [_shrunk(config, model, attempt, have, progress.say) for attempt in others]
+        raise training_refused(config, model, train, adapter, have, progress)
+    evaluation, *answering = [shrunk(config, model, attempt, have, progress.say) for attempt in others]
     made = [attempt.programs[0] for attempt in (train, adapter, evaluation)]
     if answers is not None:
         answers = answers.compiled(answering[0].programs[0], answering[0].rows)
@@ -252,11 +287,11 @@ def fit_evaluation(
     wanted = [(_evaluation(config, model, loras, 0), config.eval.batch_size)]
     if answers is not None:
         wanted.append((_answering(answers, model, loras, 0), answers.batch_size))
-    attempts = [_shrunk(config, model, attempt, have, say) for attempt in _attempts(model, *wanted)]
+    fitting = [shrunk(config, model, attempt, have, say) for attempt in attempts(model, *wanted)]
     answering: list[Answers | None] = [None] * len(loras)
     if answers is not None:
-        answering = [answers.compiled(program, attempts[1].rows) for program in attempts[1].programs]
-    return FittedEvaluation(attempts[0].programs, answering, attempts[0].rows)
+        answering = [answers.compiled(program, fitting[1].rows) for program in fitting[1].programs]
+    return FittedEvaluation(fitting[0].programs, answering, fitting[0].rows)
 
 
 def with_eval_rows(data: Laid, rows: int) -> Laid:
@@ -270,9 +305,9 @@ def with_eval_rows(data: Laid, rows: int) -> Laid:
     return dataclasses.replace(data, **changed)
 
 
-def _shrunk(
-    config: Config, model: Model, asked: _Attempt, have: Capacity, say: Callable[[str], None]
-) -> _Attempt:
+def shrunk(
+    config: Config, model: Model, asked: Attempt, have: Capacity, say: Callable[[str], None]
+) -> Attempt:
     """The attempt, or one with the half, a quarter, ... of its rows."""
     shares, attempt = sharding.row_devices(model.mesh), asked
     while not have.holds(attempt.need):
@@ -280,9 +315,9 @@ def _shrunk(
         if rows == attempt.rows:
             raise InputError(
                 f"{attempt.work.name}: even {_rows(rows)} at once takes {_need(attempt.need)}, and a device has "
-                f"{told(have.size)} ({have.source}).\n{_remedy(config, attempt.work)}"
+                f"{told(have.size)} ({have.source}).\n{remedy(config, attempt.work)}"
             )
-        (attempt,) = _attempts(model, (attempt.work, rows))
+        (attempt,) = attempts(model, (attempt.work, rows))
     if attempt is not asked:
         say(
             f"{asked.work.name}: eval.batch_size = {asked.rows} would take {_need(asked.need)}, and a device has "
@@ -292,40 +327,54 @@ def _shrunk(
     return attempt
 
 
-def _training_refused(
-    config: Config, model: Model, train: _Attempt, adapter: _Attempt, have: Capacity, progress: Progress
-) -> InputError:
+def largest(
+    model: Model, work: Work, sizes: Sequence[int], have: Capacity
+) -> tuple[Attempt | None, Attempt | None]:
+    """(the largest of some sizes of batch that fits, the smallest that was tried and does not).
+
+    Args:
+        sizes: rows, ascending; the smallest is tried first, and where that does not fit, none does.
+    """
+    best, worst, low, high, at = None, None, 0, len(sizes) - 1, 0
+    while low <= high:
+        (attempt,) = attempts(model, (work, sizes[at]))
+        if have.holds(attempt.need):
+            best, low = attempt, at + 1
+        else:
+            worst, high = attempt, at - 1
+        at = (low + high + 1) // 2
+    return best, worst
+
+
+def micro_batches(config: Config, model: Model) -> list[int]:
+    """The sizes that train.micro_batch_size may have."""
+    shares, rows = sharding.row_devices(model.mesh), config.train.batch_size
+    return [n for n in range(shares, rows + 1, shares) if rows % n == 0]
+
+
+def training_refused(
+    config: Config, model: Model, train: Attempt, adapter: Attempt, have: Capacity, progress: Progress
+) -> TrainingRefusedError:
     """What to say to somebody whose training does not fit, with the largest micro-batch that would."""
-    asked, shares = config.train.micro_batch_size, sharding.row_devices(model.mesh)
-    smaller = [n for n in range(shares, asked, shares) if config.train.batch_size % n == 0]
+    asked = config.train.micro_batch_size
+    smaller = [n for n in micro_batches(config, model) if n < asked] if have.holds(adapter.need) else []
     said = (
         f"train.micro_batch_size = {asked} takes {_need(train.need)} of memory, and a device has {told(have.size)} "
         f"({have.source}).\n"
     )
-    if not have.holds(adapter.need):
-        smaller = []
-    best, low, high = None, 0, len(smaller) - 1
     with progress.stage("looking for the largest train.micro_batch_size that fits"):
-        at = 0  # the smallest first: where that does not fit, none does
-        while low <= high:
-            (attempt,) = _attempts(model, (train.work, smaller[at]))
-            if have.holds(attempt.need):
-                best, low = attempt, at + 1
-            else:
-                train, high = attempt, at - 1
-                if at == 0:
-                    break
-            at = (low + high + 1) // 2
+        best, worst = largest(model, train.work, smaller, have)
     if best is not None:
-        return InputError(
+        return TrainingRefusedError(
             f"{said}The largest that fits is {best.rows} ({_need(best.need)}): set "
-            f"--config.train.micro_batch_size={best.rows}. It changes nothing but speed."
+            f"--config.train.micro_batch_size={best.rows}. It changes nothing but speed.",
+            best.rows,
         )
-    even = f"{_rows(train.rows)} at once takes {_need(train.need)} still. " if train.rows < asked else ""
-    return InputError(f"{said}{even}{_remedy(config, train.work)}")
+    even = f"{_rows(worst.rows)} at once takes {_need(worst.need)} still. " if worst else ""
+    return TrainingRefusedError(f"{said}{even}{remedy(config, train.work)}", None)
 
 
-def _remedy(config: Config, work: _Work) -> str:
+def remedy(config: Config, work: Work) -> str:
     """What helps where no smaller batch does."""
     helps = []
     if work.name == "answers":

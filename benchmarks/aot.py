@@ -1,0 +1,163 @@
+"""What 7B models take of TPUs that are not there, as libtpu compiles them: memory, collectives, time of compilation.
+
+    python -m benchmarks.aot                      # all cases; about an hour on two cores
+    python -m benchmarks.aot --only fits,small    # some; the others keep what they had in benchmarks/results/aot.json
+
+Shapes alone: no weights, no TPU. It needs libtpu: pip install "jax[tpu]". The tables go to docs/plan.md by hand.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxlora.config.schema import Config
+from jaxlora.parallel import topology
+from jaxlora.runs.files import replace
+from jaxlora.runs.progress import Progress
+
+# The numbers of the published config.json: huggingface.co/Qwen/Qwen2.5-0.5B-Instruct, Qwen/Qwen2.5-7B-Instruct and
+# mistralai/Mistral-7B-Instruct-v0.3.
+_QWEN = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32_768}
+MODELS: dict[str, dict[str, Any]] = {
+    "Qwen2.5-0.5B": {
+        **_QWEN, "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
+    },
+    "Qwen2.5-7B": {
+        **_QWEN, "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
+    },
+    "Mistral-7B": {
+        "model_type": "mistral", "rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 32_768,
+        "vocab_size": 32_768, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": None, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+RANK = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model on a topology: mesh is (data, fsdp, tensor); rows of a step, of a micro-batch, and tokens in a row."""
+
+    model: str
+    topology: str
+    mesh: tuple[int, int, int]
+    micro: int
+    batch: int = 128
+    length: int = 2048
+    layers: int | None = None
+
+    @property
+    def name(self) -> str:
+        layers = "" if self.layers is None else f", {self.layers} layers"
+        mesh = "x".join(map(str, self.mesh))
+        return f"{self.model}{layers}, {self.topology}, mesh {mesh}, {self.micro} of {self.batch} x {self.length}"
+
+
+EIGHT = Case("Qwen2.5-7B", "v5e:2x4", (1, 8, 1), 8)
+CASES: dict[str, list[Case]] = {
+    "layers": [dataclasses.replace(EIGHT, layers=layers) for layers in (7, 14, 28)],
+    "fits": [
+        EIGHT,
+        Case("Mistral-7B", "v5e:2x4", (1, 8, 1), 8),
+        Case("Qwen2.5-7B", "v4:2x2x1", (1, 4, 1), 8),
+        Case("Mistral-7B", "v4:2x2x1", (1, 4, 1), 8),
+    ],
+    "small": [Case("Qwen2.5-0.5B", "v5e:1x1", (1, 1, 1), 8, length=1024)],
+    # The same 16 rows a chip in a step, one of them at once.
+    "scaled": [EIGHT, Case("Qwen2.5-7B", "v5e:16x16", (32, 8, 1), 256, batch=16 * 256)],
+}
+"""By what they show: time of compilation, memory, memory of a small model, bytes sent from 8 to 256 chips."""
+
+
+def config_of(case: Case, folder: Path) -> Config:
+    """A config whose model is a folder with a config.json alone."""
+    given = MODELS[case.model]
+    given = given if case.layers is None else {**given, "num_hidden_layers": case.layers}
+    (folder / "config.json").write_text(json.dumps(given))
+    return Config.from_dict(
+        {
+            "model": {"path": str(folder)},
+            "lora": {"rank": RANK, "alpha": float(RANK)},
+            "data": {"train": "none", "max_length": case.length},
+            "train": {"batch_size": case.batch, "micro_batch_size": case.micro},
+            "eval": {"batch_size": case.micro},
+            "mesh": dict(zip(("data", "fsdp", "tensor"), case.mesh, strict=True)),
+        }
+    )
+
+
+def planned(case: Case, config: Config, progress: Progress, search: bool) -> dict[str, Any]:
+    """The whole plan, with the largest micro-batch that fits where that is looked for."""
+    from jaxlora.config.build.compileplan import compile_plan
+
+    return compile_plan(config, topology.devices(case.topology), progress, search).json()
+
+
+def train_step(case: Case, config: Config, progress: Progress, search: bool) -> dict[str, Any]:
+    """The train step alone: time of compilation (CPU seconds of all threads too), bytes of memory, bytes sent."""
+    from jaxlora.config.build import inputs, memory, programs
+    from jaxlora.parallel.collectives import collectives, totals
+
+    model = inputs.model(config, weights=False, devices=topology.devices(case.topology))
+    state = programs.state_shapes(config, model, steps=1000)
+    with progress.stage("compiling the train step"):
+        wall, busy = time.monotonic(), time.process_time()
+        (compiled,) = programs.compile_all(model, [programs.lower_train(config, model, state)])
+        wall, busy = time.monotonic() - wall, time.process_time() - busy
+    found: dict[str, Any] = {"seconds": round(wall, 1), "cpu_seconds": round(busy, 1)}
+    if compiled is not None:
+        hlo = compiled.as_text() or ""
+        found |= {
+            "needed": memory.needed(compiled),
+            "hlo_lines": hlo.count("\n"),
+            "collectives": totals(collectives(hlo)),
+        }
+    return found
+
+
+KINDS: dict[str, Callable[[Case, Config, Progress, bool], dict[str, Any]]] = {
+    "layers": train_step,
+    "fits": planned,
+    "small": planned,
+    "scaled": train_step,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default=",".join(CASES), help=f"some of {', '.join(CASES)}")
+    parser.add_argument("--match", default="", help="only cases whose name has this in it")
+    parser.add_argument(
+        "--no-search", dest="search", action="store_false", help="do not look for the largest micro-batch"
+    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "aot.json")
+    arguments = parser.parse_args()
+    topology.prepare_environment()
+    told: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    versions = {
+        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "flax", "optax")
+    }
+    with Progress(output=sys.stderr) as progress:
+        for kind in arguments.only.split(","):
+            for case in (case for case in CASES[kind] if arguments.match in case.name):
+                progress.say(f"{kind}: {case.name}")
+                with tempfile.TemporaryDirectory() as folder:
+                    found = KINDS[kind](case, config_of(case, Path(folder)), progress, arguments.search)
+                told.setdefault(kind, {})[case.name] = {"versions": versions, **found}
+                replace(arguments.out, (json.dumps(told, indent=2) + "\n").encode())
+    print(f"written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
