@@ -23,7 +23,7 @@ quoted() {
     local word line="" quote="'\\''"
     for word in "$@"; do
         case $word in
-            '' | *[!A-Za-z0-9_./:=,@%+-]*) word="'${word//"'"/"$quote"}'" ;;
+            '' | *[!A-Za-z0-9_./:=,@%+-]*) word=\'${word//\'/$quote}\' ;;
         esac
         line+="${line:+ }$word"
     done

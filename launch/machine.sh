@@ -19,8 +19,8 @@ fitting_python() {
     done
 }
 
-# Makes the virtual environment VENV, unless it is there. Where the machine has no Python 3.11 to 3.13 (Ubuntu 22.04, so
-# most TPU images, has 3.10) uv fetches one: a single file in the home folder, without root and without waiting for the
+# Makes the virtual environment VENV, unless it is there. Where the machine has no Python 3.11 to 3.13 (Ubuntu 22.04, as in
+# tpu-ubuntu2204-base, has 3.10) uv fetches one: a single file in the home folder, without root and without waiting for the
 # dpkg lock, which the automatic updates hold in a new VM's first minutes, as Ubuntu's deadsnakes packages would have to.
 make_environment() { # VENV
     local venv=$1 python

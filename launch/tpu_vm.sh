@@ -76,7 +76,7 @@ read_type() {
         *) die "--type '$type': there is no such type; give v5litepod-N or v6e-N (N chips), v5p-N or v4-N (N cores), for example v5litepod-8" ;;
     esac
     [[ " $shapes " =~ " $size:"([0-9x]+)" " ]] ||
-        die "--type $type: there is no $kind of that size; sizes are $(tr ' ' '\n' <<<"$shapes" | cut -d : -f 1 | paste -sd ' ')"
+        die "--type $type: there is no $kind of that size; sizes are $(tr ' ' '\n' <<<"$shapes" | cut -d : -f 1 | paste -sd ' ' -)"
     topology=${kind/litepod/e}:${BASH_REMATCH[1]}
     pod=no
     if ((chips > on_host)); then pod=yes; fi

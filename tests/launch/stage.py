@@ -168,7 +168,7 @@ class Stage:
             cwd=self.home,
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=60,
         )
 
     @contextlib.contextmanager
@@ -185,7 +185,7 @@ class Stage:
             )
         try:
             yield process
-            process.wait(timeout=20)
+            process.wait(timeout=60)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -230,7 +230,8 @@ class Stage:
     @staticmethod
     def wait_for(file: Path, text: str, times: int = 1) -> str:
         """The file's text, once it holds `text` that often: what runs in the background takes its time."""
-        for _ in range(400):
+        ends = time.monotonic() + 60
+        while time.monotonic() < ends:
             if file.exists() and file.read_text().count(text) >= times:
                 return file.read_text()
             time.sleep(0.025)

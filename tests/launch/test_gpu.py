@@ -1,10 +1,16 @@
 """launch/gpu.sh: one machine with GPUs, in the background, across crashes and reboots."""
 
+import os
 import re
 import shlex
+import signal
+import sys
 import time
+from collections.abc import Callable
 
 import pytest
+
+from tests.launch.stage import LAUNCH
 
 SCRIPT = "gpu.sh"
 TRAIN = ["--", "--config", "configs/qwen7b.py", "--config.journal.hypothesis=100 % of it's rows"]
@@ -15,12 +21,15 @@ def environment(stage) -> str:
     return f"{stage.checkout}/.venv"
 
 
+def wait_until(holds: Callable[[], bool], seconds: float = 120) -> None:
+    ends = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < ends, "it does not come about"
+        time.sleep(0.05)
+
+
 def wait_until_not_running(stage) -> None:
-    for _ in range(400):
-        if "not running" in stage.run(SCRIPT, "status", "--workdir", "runs/one").stdout:
-            return
-        time.sleep(0.025)
-    raise AssertionError("runs/one still runs")
+    wait_until(lambda: "not running" in stage.run(SCRIPT, "status", "--workdir", "runs/one").stdout)
 
 
 def test_install_makes_an_environment_for_cuda(stage):
@@ -63,6 +72,34 @@ def test_a_crash_is_gone_on_after_and_wrong_input_is_not(stage):
     stage.run(SCRIPT, "run", "--workdir", "runs/two", *TRAIN)
     stage.wait_for(stage.home / "runs/two.log", "exit code 2")
     assert len(stage.trainings()) == 3
+
+
+@pytest.mark.slow
+def test_a_real_run_that_is_killed_goes_on_and_ends(stage):
+    """The quickstart, with this very Python: only the driver and the pause before the restart are stand-ins."""
+    steps = "train.max_steps=12 checkpoint.every=4 eval.every=12 eval.generate=0".split()
+    train = ["--", "--config", "configs/quickstart.py", *(f"--config.{key}" for key in steps)]
+    run = stage.home / "runs/one"
+    options = ["--workdir", str(run), "--venv", sys.prefix]
+    offline = {
+        name: os.environ[name] for name in ("JAX_PLATFORMS", "HF_HUB_OFFLINE", "HF_HOME", "XDG_CACHE_HOME")
+    }
+    done = stage.run(LAUNCH / SCRIPT, "run", *options, *train, **offline)
+    assert done.returncode == 0, done.stderr
+    checkpoint = run / "checkpoints/4"
+    wait_until(checkpoint.exists)
+    supervisor = (stage.home / "runs/one.pid").read_text().strip()
+    (training,) = stage.run("/usr/bin/ps", "-o", "pid=", "--ppid", supervisor).stdout.split()
+    os.kill(int(training), signal.SIGKILL)
+    log = stage.home / "runs/one.log"
+    wait_until(lambda: log.read_text().count("exit code") == 2)
+    told = log.read_text()
+    assert "exit code 137\n== again in 10 s (restart 1 of 3)" in told
+    assert re.search(r"going on after step (4|8)\n", told)
+    assert told.endswith("exit code 0\n")
+    status = stage.run(LAUNCH / SCRIPT, "status", *options).stdout
+    assert status == f"{run}: not running; its record says: finished\n"
+    assert "has ended (finished)" in stage.run(LAUNCH / SCRIPT, "run", *options, *train).stderr
 
 
 def test_a_reboot_is_gone_on_after(stage):
