@@ -150,7 +150,8 @@ def test_both_parts_by_default(folder, bare, tmp_path, monkeypatch, call):
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     file = tmp_path / "plan.json"
     code, out, err = call(
-        "--only", "data,compile", "--devices", 1, "--json", file, model__path=tmp_path, **SMALL | {"train__micro_batch_size": 4},
+        "--only", "data,compile", "--devices", 1, "--json", file, model__path=tmp_path,
+        **SMALL | {"train__micro_batch_size": 4},
         stop__patience=2, train__max_steps=40, eval__every=5,
     )  # fmt: skip
     assert code == 0, err
