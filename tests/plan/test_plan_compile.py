@@ -143,6 +143,7 @@ def test_without_libtpu_it_says_how_to_get_it(compiled, monkeypatch):
     assert 'pip install "jax[tpu]", or pip install "libtpu' in err
 
 
+@pytest.mark.slow
 def test_both_parts_by_default(folder, bare, tmp_path, monkeypatch, call):
     """With a model that has a tokenizer and a config.json."""
     for file in (folder / "model").iterdir():
