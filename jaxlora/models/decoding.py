@@ -133,8 +133,8 @@ def _logits(
     that stay in the cache the same product takes a twentieth of the time (4 instead of 100 ms for 49,152 x 576).
     """
     if spread is not None:
-        product = contract("BTD,VD->BTV", at(hidden, spread.tokens)[:, None], table)
-        return at(at(product, spread.logits)[:, 0], spread.rows)
+        logits = contract("BTD,VD->BTV", at(hidden, spread.tokens)[:, None], table)
+        return at(at(logits, spread.logits)[:, 0], spread.rows)
     whole = len(table) // _VOCABULARY_PIECE * _VOCABULARY_PIECE
 
     def product(hidden, table):

@@ -1,8 +1,10 @@
 """A tokenizer, data and a config made on the spot, and the command called in this process."""
 
 import json
+import os
 import sys
 
+import jax
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -74,6 +76,9 @@ def call(folder, capfd, monkeypatch):
     "data", unless it is told another."""
 
     def call(*words, **changed):
+        jax.devices()  # or JAX would start with what the command sets for a process of its own
+        for name in ("XLA_FLAGS", "JAX_PLATFORMS"):
+            monkeypatch.setenv(name, os.environ[name])
         flags = [f"--config.{key.replace('__', '.')}={value}" for key, value in changed.items()]
         only = [] if "--only" in words else ["--only", "data"]
         arguments = ["--config", str(folder / "tiny.py"), *only, *map(str, words), *flags]

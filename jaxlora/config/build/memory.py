@@ -39,7 +39,8 @@ Laid = TypeVar("Laid", bound=HeldOut)
 class Answerer(Protocol):
     """Something that answers prompts in batches: `Answers`, or a stand-in for prompts that are not known yet."""
 
-    batch_size: int
+    @property
+    def batch_size(self) -> int: ...
 
     def lower(
         self, lora: Mapping[str, Any], base: Mapping[str, Any], batch_size: int
