@@ -16,6 +16,7 @@ from jaxlora.data.chat import ChatEncoder
 from jaxlora.data.rows import Conversation, Message
 from jaxlora.models.decoder import Decoder
 from jaxlora.models.decoding import Sampling, answer_batch, bucket, left_pad
+from jaxlora.parallel.rows import placed
 from jaxlora.parallel.sharding import batch_sharding, cache_sharding
 from jaxlora.training.metrics import ANSWER_METRICS, Answered
 
@@ -101,7 +102,9 @@ class Answers:
             cache_sharding=cache_sharding(mesh, decoder.spec.num_kv_heads),
         )
         options = compiler_options(mesh.devices.flat[0].platform)
-        self._jitted = jax.jit(answer, compiler_options=options)
+        # The answers, small as they are, to every device: each process scores all of them.
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._jitted = jax.jit(answer, out_shardings=everywhere, compiler_options=options)
         self._program: Callable[..., Any] = self._jitted
 
     def __len__(self) -> int:
@@ -150,8 +153,8 @@ class Answers:
             members = self._order[start : start + count]
             tokens, padding = left_pad([self._ids[i] for i in members], count, self._length)
             numbers = np.resize(members, count).astype(np.int32)
-            batch = jax.device_put((tokens, padding), rows)
-            answered = self._program(base, lora, *batch, *rest, jax.device_put(numbers, rows))
+            batch = placed((tokens, padding), rows)
+            answered = self._program(base, lora, *batch, *rest, placed(numbers, rows))
             ids, lengths, ended = jax.device_get(answered)
             for i, row, length, end in zip(members, ids, lengths, ended, strict=False):
                 text = str(self._tokenizer.decode(row[:length].tolist(), skip_special_tokens=True))
@@ -164,8 +167,10 @@ class Answers:
 
     def _rest(self) -> tuple[Any, ...]:
         """Stop ids, sampling and key: what is the same for all batches."""
-        values = (self._stop_ids, Sampling(np.float32(0), np.float32(1)), jax.random.key(0))
-        return jax.device_put(values, NamedSharding(self._mesh, PartitionSpec()))
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+        values = (self._stop_ids, Sampling(np.float32(0), np.float32(1)))
+        key = placed(jax.random.key_data(jax.random.key(0)), everywhere)
+        return *placed(values, everywhere), jax.random.wrap_key_data(key)
 
 
 def scores(answers: Sequence[Answer], metrics: Sequence[str], pattern: str) -> dict[str, float]:
