@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -332,7 +332,7 @@ class Batches(_Rows):
         """ceil(rows / batch_size)."""
         return -(-len(self.rows) // self.batch_size)
 
-    def batch(self, step: int, rows: Iterable[int] | None = None) -> Batch:
+    def batch(self, step: int, rows: np.ndarray | Sequence[int] | None = None) -> Batch:
         """The batch of a step.
 
         Args:
@@ -380,7 +380,7 @@ class EvalBatches(_Rows):
         """ceil(rows / batch_size)."""
         return -(-len(self.rows) // self.batch_size)
 
-    def batch(self, i: int, rows: Iterable[int] | None = None) -> Batch:
+    def batch(self, i: int, rows: np.ndarray | Sequence[int] | None = None) -> Batch:
         """Batch i, counted from 0; arrays and `rows` as in `Batches.batch`."""
         wanted = range(self.batch_size) if rows is None else list(rows)
         chosen = self._rows_of(i)

@@ -45,7 +45,8 @@ class Share:
     def counted(self, count: int) -> np.ndarray:
         """Which of the `own` rows [rows, 1] no process of a lower number holds too."""
         held, me = self._held(count), jax.process_index()
-        return (~held[:me]).all(axis=0)[self.own(count), None]
+        elsewhere = np.logical_or.reduce(held[:me], axis=0)
+        return ~elsewhere[self.own(count), None]
 
     def of_step(self, micro_batches: int, micro_batch_size: int) -> np.ndarray:
         """The rows of a step's batch that this process has: of the first micro-batch, of the second, ..."""

@@ -150,8 +150,8 @@ class Watch:
             line = f"{name} has failed: {reason}. All others stop.\n{self._told_outlook()}"
         else:
             line = (
-                f"{name} has died, or cannot be reached: no sign of life for up to {self._lost_after:g} s. All others "
-                f"stop.\n{self._told_outlook()}"
+                f"{name} has died, or cannot be reached (--lost-after {self._lost_after:g} s). All others stop.\n"
+                f"{self._told_outlook()}"
             )
         print(line, file=sys.stderr, flush=True)
         if self._me == 0:

@@ -53,7 +53,9 @@ class Recorder:
         self.run.write_evaluation(step, columns, name)
 
     def recall(self, step: int, name: str) -> dict[str, list[Any]] | None:
-        """The columns of an earlier evaluation's file, None when it is gone."""
+        """The columns of an earlier evaluation's file, None when it is gone, or another process's."""
+        if not self.run.writes:
+            return None
         try:
             return self.run.read_evaluation(step, name)
         except (OSError, ValueError):
