@@ -191,6 +191,7 @@ def _evaluate(arguments: Namespace) -> int:
     started = launch.of(arguments, os.environ)
     from jaxlora.runs.progress import Progress
 
+    launch.keep_stdout(started)
     with ExitStack() as stack:
         others = started is not None and started.index > 0  # they say nothing
         output = stack.enter_context(open(os.devnull, "w")) if others else sys.stderr

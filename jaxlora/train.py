@@ -65,9 +65,8 @@ def fine_tune(
     """
     from jaxlora.runs.progress import Progress
 
+    launch.keep_stdout(started)
     with Progress() as progress, contextlib.ExitStack() as stack:
-        if started and started.index:
-            progress.mute()
         with progress.stage("starting JAX"):
             from jaxlora.config.build import several
             from jaxlora.core.compilation import use_persistent_cache
@@ -76,6 +75,7 @@ def fine_tune(
             notify = processes.join(progress.say, started)
             watch = processes.watch(started)
         if watch:
+            watch.tidy = progress.close
             stack.enter_context(watch.together())
         if not exchange.first():
             progress.mute()

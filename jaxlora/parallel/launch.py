@@ -4,6 +4,8 @@ Touches neither JAX nor the network.
 """
 
 import argparse
+import os
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -81,6 +83,20 @@ def from_environment(environment: Mapping[str, str]) -> Launch | None:
     """`of`, for a command without the flags."""
     nothing = argparse.Namespace(coordinator=None, processes=None, process=None, lost_after=LOST_AFTER)
     return of(nothing, environment)
+
+
+def keep_stdout(launch: Launch | None) -> None:
+    """Leaves standard output to process 0, and to what it prints itself: before anything is printed.
+
+    Libraries write there in C++ (gloo, a line for each connection), and a result may be read from it.
+    """
+    if launch is None or launch.count == 1:
+        return
+    sys.stdout.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    ours = os.dup(1) if launch.index == 0 else os.dup(nowhere)
+    os.dup2(nowhere, 1)
+    sys.stdout = os.fdopen(ours, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
 
 
 def typed(arguments: argparse.Namespace) -> list[str]:

@@ -38,11 +38,13 @@ class Watch:
         lost_after: seconds without a sign of life after which a process counts as dead.
     Attributes:
         outlook: what a person can do when one has died: the last line that is printed.
+        tidy: called before this process says that it leaves early: takes a live line off the terminal.
         on_end: called in process 0, with the reason, before it leaves early.
     """
 
     def __init__(self, address: str, lost_after: float):
         self.outlook: Callable[[], str] = lambda: "The same command starts it again."
+        self.tidy: Callable[[], None] = lambda: None
         self.on_end: Callable[[str], None] = lambda reason: None
         self._client, self._address, self._lost_after = exchange.client(), address, lost_after
         self._me, self._count = exchange.index(), exchange.count()
@@ -68,10 +70,18 @@ class Watch:
         except BaseException as error:
             if isinstance(error, jax.errors.JaxRuntimeError):
                 # Most often the consequence of another's death, which the thread will know of by then.
-                time.sleep(self._lost_after + 3 * _PERIOD)
+                told, wait = f"{error}".splitlines()[0][:200], self._lost_after + 3 * _PERIOD
+                print(
+                    f"process {self._me} of {self._count}: a computation has failed ({told}); waiting up to {wait:g} s "
+                    "to hear whether another process has died",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                time.sleep(wait)
             traceback.print_exc()
             self._end(self._me, cli.EXIT_FAILED, f"{type(error).__name__}: {error}".splitlines()[0])
         self._over.set()
+        self._install(signal.SIGABRT, None)
 
     # ---- the threads -----------------------------------------------------------------------------------------------
 
@@ -104,7 +114,7 @@ class Watch:
 
     def _take_abort(self) -> None:
         """JAX aborts a process whose connection to process 0 breaks, in C++; this says in a line what that means."""
-        install = ctypes.CDLL(None).signal
+        self._install = install = ctypes.CDLL(None).signal
         install.argtypes, install.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
 
         def aborted(number: int) -> None:
@@ -153,10 +163,10 @@ class Watch:
                 f"{name} has died, or cannot be reached (--lost-after {self._lost_after:g} s). All others stop.\n"
                 f"{self._told_outlook()}"
             )
+        _try(self.tidy)
         print(line, file=sys.stderr, flush=True)
         if self._me == 0:
-            with contextlib.suppress(Exception):
-                self.on_end(line.splitlines()[0])
+            _try(lambda: self.on_end(line.splitlines()[0]))
             self._wait_until_heard(process)
         else:
             self._say_heard()
@@ -172,15 +182,8 @@ class Watch:
             return "The same command goes on."
 
     def _say_heard(self) -> None:
-        """For process 0 to wait for, in a thread of its own: when that is gone, the request may hang."""
-
-        def say() -> None:
-            with contextlib.suppress(Exception):
-                self._client.key_value_set(f"{_HEARD}{self._me}", "", allow_overwrite=True)
-
-        thread = threading.Thread(target=say, daemon=True)
-        thread.start()
-        thread.join(2)
+        """For process 0 to wait for."""
+        _try(lambda: self._client.key_value_set(f"{_HEARD}{self._me}", "", allow_overwrite=True))
 
     def _wait_until_heard(self, dead: int) -> None:
         """When process 0 ends, so does the service, and JAX aborts whoever is connected to it."""
@@ -192,7 +195,13 @@ class Watch:
             time.sleep(0.1)
 
 
-@contextlib.contextmanager
-def nobody() -> Iterator[None]:
-    """In place of `Watch.together`, for a process that is alone."""
-    yield
+def _try(work: Callable[[], object], seconds: float = 3.0) -> None:
+    """Does something that may fail or hang, while everything comes to its end."""
+
+    def attempt() -> None:
+        with contextlib.suppress(Exception):
+            work()
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)

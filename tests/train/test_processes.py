@@ -132,7 +132,7 @@ def alone(nursery, project, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def arguments(project, tmp_path) -> Callable[..., list[str]]:
-    return lambda **changed: project.arguments(tmp_path / "run", **SETTINGS, **changed)
+    return lambda **changed: project.arguments(tmp_path / "run", **{**SETTINGS, **changed})
 
 
 def lines(workdir: Path) -> list[dict[str, Any]]:
@@ -140,12 +140,19 @@ def lines(workdir: Path) -> list[dict[str, Any]]:
     return [{name: v for name, v in line.items() if name != "train/tokens_per_second"} for line in found]
 
 
+def assert_close(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        close = pytest.approx(value, rel=1e-5, abs=1e-6) if isinstance(value, float) else value
+        assert found[name] == close, (name, expected)
+
+
 def assert_equal(workdir: Path, expected: Path) -> None:
     """Asserts that two runs came to the same, to the rounding of float32."""
     ours, theirs = lines(workdir), lines(expected)
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
     for one, other in zip(ours, theirs, strict=True):
-        assert one == pytest.approx(other, rel=1e-5, abs=1e-6), one["step"]
+        assert_close(one, other)
     for name in ("best", "last"):
         found, wanted = (load_file(run / name / "adapter_model.safetensors") for run in (workdir, expected))
         assert found.keys() == wanted.keys()
@@ -156,7 +163,7 @@ def assert_equal(workdir: Path, expected: Path) -> None:
     for name in files:
         pair = ((run / "eval" / name).read_text().splitlines() for run in (workdir, expected))
         for one, other in zip(*(map(json.loads, part) for part in pair), strict=True):
-            assert one == (other if "text" in other else pytest.approx(other, rel=1e-5, abs=1e-6)), name
+            assert_close(one, other)
     records = [json.loads((run / "record.json").read_text()) for run in (workdir, expected)]
     for key in ("status", "steps", "tokens", "evaluations", "data"):
         assert records[0][key] == records[1][key]
@@ -265,6 +272,16 @@ def test_what_process_0_refuses_ends_all(crew, arguments, tmp_path):
         assert crew.errors(index).startswith(f"error: {tmp_path / 'run'} is in use by process {os.getpid()}")
 
 
+def test_what_fails_in_one_ends_all(crew, arguments):
+    """Process 1 has no such accelerator, and says so with a traceback; process 0 waits for it, and hears of it."""
+    failing = {"JAX_PLATFORMS": "cuda", "XLA_FLAGS": ""}
+    assert crew.run(2, arguments(), plans={1: {"environment": failing}}) == [1, 1], crew.errors(1)
+    assert "Traceback" in crew.errors(1)
+    assert "process 1 of 2 has failed: RuntimeError: " in crew.errors(0)
+    assert "The same command starts it again." in crew.errors(0)
+    assert "Traceback" not in crew.errors(0)
+
+
 def test_an_evaluation_is_shared_out_too(crew, alone):
     """Two processes of two devices give what one gives; process 0 alone prints it."""
     scored = []
@@ -278,8 +295,4 @@ def test_an_evaluation_is_shared_out_too(crew, alone):
     one, two = (
         {key: v for key, v in found.items() if not key.startswith(("seconds", "tokens_"))} for found in scored
     )
-    assert one.keys() == two.keys()
-    for key, value in one.items():
-        assert two[key] == (
-            pytest.approx(value, rel=1e-5, abs=1e-6) if isinstance(value, float) else value
-        ), key
+    assert_close(two, one)
