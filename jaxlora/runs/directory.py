@@ -117,20 +117,23 @@ class RunDirectory:
             *folder.glob(f"spikes/*{ASIDE}"),
         ):
             leftover.unlink()
-        resumed = (folder / CONFIG).exists()
+        resumed, found = (folder / CONFIG).exists(), wanted
         if resumed:
             found = _read_json(folder / CONFIG)
             differences = list(differing(found, wanted))
             if differences:
                 raise InputError(another_config(folder, differences))
-            if found != wanted:
-                replace(folder / CONFIG, encode_json(wanted, indent=2))
             _cut_half_line(folder / METRICS)
         else:
             _check_is_run_or_empty(folder)
             replace(folder / CONFIG, encode_json(wanted, indent=2))
         record = _read_json(folder / RECORD) if (folder / RECORD).exists() else {}
-        return cls(folder, wanted, record, resumed=resumed, lock=lock)
+        run = cls(folder, wanted, record, resumed=resumed, lock=lock)
+        if (
+            resumed and found != wanted
+        ):  # in what may differ; with the first write, since it may be refused yet
+            run._late[folder / CONFIG] = encode_json(wanted, indent=2)
+        return run
 
     @classmethod
     def follow(
