@@ -5,9 +5,10 @@ Each line on stdin is a JSON object, or a list of them for commands at the same 
 `die`: [where, n] or [where, n, signals]. It then sends itself SIGKILL, or those signals, as it reaches its n-th call of
 `where` ("jaxlora.module:function" or "jaxlora.module:Class.method"), or, where that is a path, as it is about to open,
 make, rename or delete for the n-th time something whose path begins so. Likewise it stops itself, until somebody sends
-SIGCONT, at each [where, n] of `stop`, and dies at any path of `never`. `environment` holds variables to be set. A
-command that ends by itself also prints how many programs it found in JAX's persistent cache. Answers on stdout: the
-process id, then how it ended; of several, all ids, then how each ended, in their order.
+SIGCONT, at each [where, n] of `stop`, dies at any path of `never`, and raises at the [where, n, "module:Error"] of
+`fail`. `environment` holds variables to be set, `module` is another command than train. A command that ends by itself
+also prints how many programs it found in JAX's persistent cache. Answers on stdout: the process id, then how it ended;
+of several, all ids, then how each ended, in their order.
 """
 
 import atexit
@@ -28,12 +29,15 @@ IMPORTED = """
 TOUCHES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
 
 
-def send_at(where: str, n: int, signals: Sequence[int] = (signal.SIGKILL,)) -> None:
+def send_at(where: str, n: int, signals: Sequence[int] = (signal.SIGKILL,), error: str = "") -> None:
     left = n
 
     def count(*_: object) -> None:
         nonlocal left
         left -= 1
+        if left == 0 and error:
+            module, _, name = error.partition(":")
+            raise getattr(importlib.import_module(module), name)("as it was planned")
         if left == 0:
             for number in signals:
                 os.kill(os.getpid(), number)
@@ -68,6 +72,9 @@ def command(order: dict) -> None:
         send_at(*order["die"])
     for where, n in order.get("stop", ()):
         send_at(where, n, [signal.SIGSTOP])
+    if "fail" in order:
+        where, n, error = order["fail"]
+        send_at(where, n, error=error)
     for where in order.get("never", ()):
         send_at(where, 1)
     runpy.run_module(module, run_name="__main__")

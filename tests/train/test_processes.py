@@ -274,13 +274,20 @@ def test_what_process_0_refuses_ends_all(crew, arguments, tmp_path):
         assert crew.errors(index).startswith(f"error: {tmp_path / 'run'} is in use by process {os.getpid()}")
 
 
-def test_what_fails_in_one_ends_all(crew, arguments):
-    """Process 1 has no such accelerator, and says so with a traceback; process 0 waits for it, and hears of it."""
-    failing = {"JAX_PLATFORMS": "cuda", "XLA_FLAGS": ""}
-    assert crew.run(2, arguments(), plans={1: {"environment": failing}}) == [1, 1], crew.errors(1)
-    assert "Traceback" in crew.errors(1)
-    assert "process 1 of 2 has failed: RuntimeError: " in crew.errors(0)
-    assert "The same command starts it again." in crew.errors(0)
+@pytest.mark.parametrize(
+    ("error", "code"), [("builtins:ValueError", 1), ("jaxlora.core.errors:InputError", 2)]
+)
+def test_what_goes_wrong_in_one_ends_all(crew, arguments, error, code):
+    """Process 1 cannot read its part of the base; process 0, which waits for it at the first step, hears of it."""
+    plans = {1: {"fail": ["jaxlora.config.build.inputs:base", 1, error]}}
+    assert crew.run(2, arguments(), plans=plans) == [code, code], crew.errors(0)
+    if code == 2:
+        assert crew.errors(0) == crew.errors(1) == "error: as it was planned\n"
+        return
+    assert crew.errors(1).startswith("Traceback")
+    assert crew.errors(0).startswith(
+        "process 1 of 2 has failed: ValueError: as it was planned. All others stop.\n"
+    )
     assert "Traceback" not in crew.errors(0)
 
 
