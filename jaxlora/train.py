@@ -104,7 +104,7 @@ def _fine_tune(
     watch: "Watch | None",
 ) -> int:
     """Args: `run` where the folder is there; `notify` of `processes.join`; `watch` over other processes."""
-    with progress.stage("starting JAX"):
+    with progress.stage("looking for the devices"):
         import jax
 
         from jaxlora.config.build import guarding, inputs, memory, programs, several, wiring

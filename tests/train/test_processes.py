@@ -248,7 +248,7 @@ def test_a_rollback_is_everyones(crew, project, tmp_path):
         assert crew.run(count, project.arguments(tmp_path / name, **rolling)) == [0] * count, crew.errors(0)
     one, two = (json.loads((tmp_path / name / "record.json").read_text()) for name in ("one", "two"))
     assert one["rollbacks"] == two["rollbacks"] != []
-    assert_equal(tmp_path / "two", tmp_path / "one", "finished")
+    assert_equal(tmp_path / "two", tmp_path / "one", "diverged")
 
 
 def test_different_configs_are_refused_by_all(crew, arguments, tmp_path):
