@@ -5,6 +5,7 @@ import re
 import sys
 from argparse import Action, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from jaxlora.config.load import CommandParser
 from jaxlora.config.schema import Config, MeshConfig
 from jaxlora.core import cli
 from jaxlora.core.errors import InputError
+from jaxlora.parallel import launch
 from jaxlora.training.metrics import ANSWER_METRICS, METRICS
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help answers at once
@@ -102,6 +104,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
         "--out", type=Path, metavar="F.jsonl", help='write a line {"example", "nll", "tokens"} an example'
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    launch.add_arguments(parser)
     arguments = parser.parse_args(argv)
     if arguments.split is not None and not arguments.data:
         raise InputError("--split goes with --data: leave it out, or name the data.")
@@ -185,24 +188,40 @@ def _in_options(text: str, arguments: Namespace) -> str:
 def _evaluate(arguments: Namespace) -> int:
     chosen = choose(arguments)
     config = _config(chosen, arguments)
+    started = launch.of(arguments, os.environ)
     from jaxlora.runs.progress import Progress
 
-    with Progress(output=sys.stderr) as progress:
+    launch.keep_stdout(started)
+    with ExitStack() as stack:
+        others = started is not None and started.index > 0  # they say nothing
+        output = stack.enter_context(open(os.devnull, "w")) if others else sys.stderr
+        progress = stack.enter_context(Progress(output=output))
 
         def say(line: str) -> None:
-            progress.say(_in_options(line, arguments))
+            if exchange.first():
+                progress.say(_in_options(line, arguments))
 
         with progress.stage("starting JAX"):
             import jax
 
-            from jaxlora.config.build import evaluation, generation, inputs, memory, wiring
+            from jaxlora.config.build import evaluation, generation, inputs, memory, several, wiring
             from jaxlora.core.compilation import use_persistent_cache
+            from jaxlora.parallel import exchange, processes
 
+            processes.join(progress.say, started)
+            if watch := processes.watch(started):
+                stack.enter_context(watch.together())
+                several.check_same(config)
             use_persistent_cache()
             devices = jax.devices()
 
         # ---- what is wrong with the input shows here, before the long wait
         mesh = evaluation.fitting_mesh(config.mesh, config.eval.batch_size, devices, say)
+        if mesh.size < len(devices) and not exchange.alone():
+            raise InputError(
+                f"{len(devices)} devices of {exchange.count()} processes, and rows to share out over {mesh.size}: set "
+                f"--batch-size to a multiple of {len(devices)}, or start one process alone."
+            )
         model = inputs.find(config.model, mesh)
         positions = model.spec.max_position_embeddings
         if chosen.config is None and arguments.max_length is None:
@@ -245,6 +264,8 @@ def _evaluate(arguments: Namespace) -> int:
         ]
         before = _in_training(chosen, config, data, say)
 
+    if not exchange.first():
+        return cli.EXIT_OK
     try:
         if arguments.json:
             _print_json(chosen, config, data, scored)

@@ -1,5 +1,7 @@
 """Fine-tune one adapter: python -m jaxlora.train --config configs/quickstart.py"""
 
+import contextlib
+import os
 import shlex
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -11,10 +13,12 @@ from jaxlora.config.load import CommandParser, add_config_argument, config_name,
 from jaxlora.config.schema import Config, to_dict
 from jaxlora.core import cli
 from jaxlora.core.errors import InputError
+from jaxlora.parallel import launch
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help answers at once
     from jaxlora.config.build.inputs import Data, Model
     from jaxlora.lora.spec import LoraSpec
+    from jaxlora.parallel.watch import Watch
     from jaxlora.runs.checkpoints import Checkpoints
     from jaxlora.runs.directory import RunDirectory
     from jaxlora.runs.progress import Progress
@@ -33,13 +37,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--workdir", type=Path, help="the run's folder (default: runs/<MonDD_HH-MM-SS>_<config>)"
     )
+    launch.add_arguments(parser)
     arguments, overrides = parse_arguments(parser, argv)
     config = load_config(arguments.config, overrides)
-    return fine_tune(config, arguments.workdir, arguments.config, overrides)
+    typed = [*overrides, *launch.typed(arguments)]
+    started = launch.of(arguments, os.environ)
+    return fine_tune(config, arguments.workdir, arguments.config, typed, started)
 
 
 def fine_tune(
-    config: Config, workdir: Path | None, config_argument: str, overrides: Sequence[str] = ()
+    config: Config,
+    workdir: Path | None,
+    config_argument: str,
+    overrides: Sequence[str] = (),
+    started: launch.Launch | None = None,
 ) -> int:
     """Runs one fine-tuning from config to adapter.
 
@@ -47,44 +58,63 @@ def fine_tune(
         config: the run.
         workdir: its folder, or None for a new one named by the time.
         config_argument, overrides: what was typed, for the commands that are printed.
+        started: as one of several processes; None where neither flags nor environment say so.
     Returns:
         The exit code: 0 when finished, stopped early, diverged (as far as a run can) or saved on request; 1 when the
         disk did not take what came of it.
     """
-    from jaxlora.core.compilation import use_persistent_cache
-    from jaxlora.runs.directory import RunDirectory, default_path
     from jaxlora.runs.progress import Progress
 
-    path = workdir or default_path(config_name(config_argument))
-    arguments = ["--config", config_argument, *overrides, "--workdir", str(path)]
-    command = f"python -m jaxlora.train {shlex.join(arguments)}"
-    with Progress() as progress:
+    launch.keep_stdout(started)
+    with Progress() as progress, contextlib.ExitStack() as stack:
+        with progress.stage("starting JAX"):
+            from jaxlora.config.build import several
+            from jaxlora.core.compilation import use_persistent_cache
+            from jaxlora.parallel import exchange, processes
+
+            notify = processes.join(progress.say, started)
+            watch = processes.watch(started)
+        if watch:
+            watch.tidy = progress.close
+            stack.enter_context(watch.together())
+        if not exchange.first():
+            progress.mute()
+        several.check_same(config)
+        path = several.run_path(workdir, config_name(config_argument))
+        arguments = ["--config", config_argument, *overrides, "--workdir", str(path)]
+        command = f"python -m jaxlora.train {shlex.join(arguments)}"
         # An existing folder is looked at before anything slow: it may hold another run, or a finished one.
-        run = RunDirectory.open(path, to_dict(config)) if path.exists() else None
+        run = several.existing_run(path, config)
         if run and run.record.get("status") in ENDED:
             progress.say(f"{path}: this run has ended ({run.record['status']}: {run.record.get('reason')})")
-            _tell_outcome(run, progress, command)
+            if run.writes:
+                _tell_outcome(run, progress, command)
             return cli.EXIT_OK
         use_persistent_cache()
-        return _fine_tune(config, path, run, progress, command)
+        return _fine_tune(config, path, run, progress, command, notify, watch)
 
 
 def _fine_tune(
-    config: Config, path: Path, run: "RunDirectory | None", progress: "Progress", command: str
+    config: Config,
+    path: Path,
+    run: "RunDirectory | None",
+    progress: "Progress",
+    command: str,
+    notify: Callable[[], None] | None,
+    watch: "Watch | None",
 ) -> int:
-    with progress.stage("starting JAX"):
+    """Args: `run` where the folder is there; `notify` of `processes.join`; `watch` over other processes."""
+    with progress.stage("looking for the devices"):
         import jax
 
-        from jaxlora.config.build import guarding, inputs, memory, programs, wiring
-        from jaxlora.parallel import processes
+        from jaxlora.config.build import guarding, inputs, memory, programs, several, wiring
+        from jaxlora.parallel import exchange
         from jaxlora.runs.checkpoints import Checkpoints
-        from jaxlora.runs.directory import RunDirectory
         from jaxlora.runs.writers import Writers
         from jaxlora.training.events import Standing
         from jaxlora.training.loop import Program, train
         from jaxlora.training.recording import Recorder
 
-        notify = processes.join(progress.say)
         jax.devices()
 
     # ---- what is wrong with the input shows here, before there is a folder or a long wait
@@ -96,6 +126,7 @@ def _fine_tune(
     wiring.check_names(config, data)
     answers = wiring.answers(config, model, data, progress.say)
     facts = wiring.facts(config, model, data)
+    exchange.agreed("data", facts["data"])
     if run:
         _check_same_data(run, facts["data"])
     progress.total_steps = total
@@ -111,7 +142,9 @@ def _fine_tune(
     with progress.stage("making the adapter"):
         state = programs.first_state(config, model, total, base, given)
 
-    run = run or RunDirectory.open(path, to_dict(config))
+    run = run or several.open_run(path, config)
+    if watch:
+        watch.outlook = several.outlook(run)
     with run, Checkpoints(run.checkpoints, config.checkpoint.keep) as checkpoints, Writers(run) as writers:
         # ---- go on where the run stopped
         standing = Standing()
@@ -136,15 +169,16 @@ def _fine_tune(
         )
         writers.hparams(to_dict(config))
         recorder.record("running", None)
+        if watch:
+            watch.on_end = lambda reason: recorder.record("failed", reason)
         evaluator = wiring.evaluator(fitted.config, model, data, compiled, base, answers, progress)
         events = wiring.events(config, data, total, evaluator, recorder, progress)
-        put = programs.put_batch(model, config.train.batch_size // config.train.micro_batch_size)
-        batch = guarding.batches(data, put, standing)
+        batch = guarding.batches(config, model, data, standing)
         rollback = guarding.rollback(
             config, recorder, lambda: programs.first_state(config, model, total, base, given), progress.begin
         )
         with _leaving_on_request(progress, notify, checkpoints, int(state.step)) as asked:
-            program = Program(compiled.train, base, batch, total, rollback, asked)
+            program = Program(compiled.train, base, batch, total, rollback, asked, several.decided)
             progress.begin(int(state.step))
             try:
                 state, end = train(program, state, standing, events)
@@ -156,7 +190,8 @@ def _fine_tune(
                 checkpoints.wait()
         recorder.record(end.status, end.reason, int(state.step))
         progress.say(f"{end.status.replace('_', ' ')}: {end.reason}")
-        _tell_outcome(run, progress, command)
+        if run.writes:
+            _tell_outcome(run, progress, command)
         lost: list[Any] = recorder.unwritten()
         if end.status == "preempted" and int(state.step) not in checkpoints.steps():
             lost.append(f"the checkpoint of step {int(state.step)}")
@@ -165,8 +200,7 @@ def _fine_tune(
                 f"not written: {', '.join(map(str, lost))}.\nMake room, and repeat the command: it goes on after the "
                 "newest whole checkpoint."
             )
-            return cli.EXIT_FAILED
-    return cli.EXIT_OK
+        return exchange.from_first(lambda: cli.EXIT_FAILED if lost else cli.EXIT_OK)
 
 
 def _check_same_data(run: "RunDirectory", data: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -332,7 +332,7 @@ class Batches(_Rows):
         """ceil(rows / batch_size)."""
         return -(-len(self.rows) // self.batch_size)
 
-    def batch(self, step: int, rows: slice | None = None) -> Batch:
+    def batch(self, step: int, rows: np.ndarray | Sequence[int] | None = None) -> Batch:
         """The batch of a step.
 
         Args:
@@ -341,7 +341,7 @@ class Batches(_Rows):
         Returns:
             tokens, targets, segments, positions int32 [B, T], weights float32 [B, T].
         """
-        wanted = range(self.batch_size)[rows if rows is not None else slice(None)]
+        wanted = range(self.batch_size) if rows is None else list(rows)
         chosen = self.rows_in(step)
         return self._fill([chosen[b] if b < len(chosen) else () for b in wanted], len(wanted))
 
@@ -380,9 +380,9 @@ class EvalBatches(_Rows):
         """ceil(rows / batch_size)."""
         return -(-len(self.rows) // self.batch_size)
 
-    def batch(self, i: int, rows: slice | None = None) -> Batch:
+    def batch(self, i: int, rows: np.ndarray | Sequence[int] | None = None) -> Batch:
         """Batch i, counted from 0; arrays and `rows` as in `Batches.batch`."""
-        wanted = range(self.batch_size)[rows if rows is not None else slice(None)]
+        wanted = range(self.batch_size) if rows is None else list(rows)
         chosen = self._rows_of(i)
         return self._fill([chosen[b] if b < len(chosen) else () for b in wanted], len(wanted))
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxlora.core.errors import InputError
-from jaxlora.parallel import chips
+from jaxlora.parallel import chips, exchange
 
 
 class Capacity(NamedTuple):
@@ -51,10 +51,13 @@ def capacity(memory_gb: float, devices: Iterable[Any]) -> Capacity:
     local = [device for device in devices if device.process_index == jax.process_index()]
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in local]
     known = [limit for limit in limits if limit]
-    if known:
-        return Capacity(min(known), "the device's own")
     shared = f", shared by {len(local)} devices" if len(local) > 1 else ""
-    return Capacity(machine_memory() // len(local), f"the machine's{shared}")
+    own = (
+        (min(known), "the device's own")
+        if known
+        else (machine_memory() // len(local), f"the machine's{shared}")
+    )
+    return Capacity(*min(exchange.gathered(own)))  # of all processes: they have to agree on what fits
 
 
 def described(device: Any) -> bool:

@@ -16,40 +16,45 @@ from typing import Any
 import jax
 
 from jaxlora.core.errors import InputError
+from jaxlora.parallel import exchange
+from jaxlora.parallel.launch import LOST_AFTER, Launch, from_environment
+from jaxlora.parallel.watch import Watch
 
 _METADATA = "computeMetadata/v1/instance/attributes/worker-network-endpoints"
+_ARRIVAL = 300  # seconds that the first process waits for the last
 _PATIENCE = 5  # seconds for a metadata server that is a part of the machine's own host
 
 
-def join(say: Callable[[str], None]) -> Callable[[], None] | None:
+def join(say: Callable[[str], None], launch: Launch | None = None) -> Callable[[], None] | None:
     """Joins the other processes by jax.distributed, where there is cause: before the first touch of a device.
 
-    That is where JAX_COORDINATOR_ADDRESS says so (with JAX_NUM_PROCESSES and JAX_PROCESS_ID, 1 and 0 when missing), and
-    on a Cloud TPU VM. One host that cannot goes on without, and says so.
+    That is where a launch says so, and on a Cloud TPU VM. One host that cannot goes on without, and says so.
 
     Args:
         say: takes a line for the person.
-    Raises:
-        InputError: a variable that should be a number is none.
+        launch: as the command's flags and the environment have it; None for the environment alone.
     Returns:
         What tells all processes, this one too, that one of them is asked to leave; None without jax.distributed.
         SIGTERM does what it did before.
+    Raises:
+        InputError: a variable that should be a number is none, or the others cannot be found.
     """
     if jax.distributed.is_initialized():
         return None  # by whoever called us, whose affair its signals are then
-    before, port, count = signal.getsignal(signal.SIGTERM), 0, 1
-    arguments: dict[str, Any] = {}  # on a TPU, JAX finds the other hosts by itself
-    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        port = _number(address.rpartition(":")[2], "the port of JAX_COORDINATOR_ADDRESS")
-        count = _number(os.environ.get("JAX_NUM_PROCESSES", "1"), "JAX_NUM_PROCESSES")
-        process = _number(os.environ.get("JAX_PROCESS_ID", "0"), "JAX_PROCESS_ID")
-        arguments = {"coordinator_address": address, "num_processes": count, "process_id": process}
+    launch = launch or from_environment(os.environ)
+    before, port = signal.getsignal(signal.SIGTERM), 0
+    arguments: dict[str, Any] = {}  # on a TPU and under Slurm, JAX finds the other hosts by itself
+    if launch:
+        count, port = launch.count, launch.port
+        if launch.address:
+            numbers = {"num_processes": count, "process_id": launch.index}
+            arguments = {"coordinator_address": launch.address, **numbers}
     elif _on_tpu_vm():
         count = tpu_hosts(os.environ)
     else:
         return None
     if count > 1:
-        jax.distributed.initialize(**arguments)
+        _join_others(arguments, launch)
     elif problem := _join_nobody(port or _free_port()):
         say(
             f"jax.distributed could not be started ({problem}): going on without; SIGTERM is heeded all the same"
@@ -58,6 +63,41 @@ def join(say: Callable[[str], None]) -> Callable[[], None] | None:
     notifier = _take_sigterm()
     signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
     return notifier
+
+
+def watch(launch: Launch | None) -> Watch | None:
+    """Begins to watch over the other processes; None where there are none."""
+    if exchange.alone():
+        return None
+    from jax._src import distributed
+
+    address = distributed.global_state.coordinator_address or ""
+    return Watch(address, launch.lost_after if launch else LOST_AFTER)
+
+
+def _join_others(arguments: Mapping[str, Any], launch: Launch | None) -> None:
+    """Waits for all processes.
+
+    A process that JAX itself misses for its heartbeats makes it abort all; `Watch` says it first, and in a line.
+    """
+    lost_after = launch.lost_after if launch else LOST_AFTER
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            heartbeat_timeout_seconds=max(100, round(2 * lost_after)),
+            initialization_timeout=_ARRIVAL,
+        )
+    except ValueError as error:  # JAX detects no address, or not the numbers
+        raise InputError(
+            f"jax.distributed cannot find the other processes ({error}); name them with --coordinator HOST:PORT, "
+            "--processes N and --process I."
+        ) from error
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        raise InputError(
+            f"not all processes came within {_ARRIVAL} s: start all of them, and let them reach the port of process 0."
+        ) from error
 
 
 def _join_nobody(port: int) -> str:
@@ -127,13 +167,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
-
-
-def _number(value: str, name: str) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise InputError(
-            f"{name} is {value!r}, which is no number; give JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES=N and "
-            "JAX_PROCESS_ID=0 to N - 1, or none of them."
-        ) from None

@@ -23,8 +23,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlora.core.errors import InputError
+from jaxlora.parallel import exchange
+from jaxlora.parallel.rows import placed
 from jaxlora.runs.digests import digests
 
 _DAMAGED, _SUPERSEDED = ".damaged", ".superseded"
@@ -92,13 +95,16 @@ class Checkpoints:
         described = {name: [str(leaf.dtype), list(leaf.shape), sums[name]] for name, leaf in leaves.items()}
         content = {"host": dict(host or {}), "leaves": described}
         _checksum(content)  # a host dict that is no JSON is the caller's mistake, not a failed save
+        failure = ""
         self._previously_kept, self._kept = self._kept, frozenset(kept)
         try:
             manager = self._open()
             content["kept"] = sorted(self._kept)
             content["checksum"] = _checksum(content)
             if step in manager.all_steps():
-                if self._holds(step, content):
+                held = self._holds(step, content)
+                # What process 0 says: the time that a run took, for one, differs from process to process.
+                if exchange.from_first(lambda: held):
                     return
                 self._set_aside(step, _SUPERSEDED)
             import orbax.checkpoint as ocp
@@ -110,9 +116,8 @@ class Checkpoints:
             )
         except Exception as error:  # whatever stops a save must not stop the run
             failure = _first_line(error)
-        else:
-            return
-        self._failed(step, failure)
+        if failure := _anywhere(failure):
+            self._failed(step, failure)
 
     def restore(self, like: Any, step: int | None = None) -> Restored | None:
         """Reads the newest intact checkpoint back.
@@ -134,13 +139,14 @@ class Checkpoints:
         self.skipped = []
         found = sorted(manager.all_steps(), reverse=True)
         for candidate in found if step is None else [s for s in found if s == step]:
+            reason, state, host = "", None, {}
             try:
                 state, host = self._load(candidate, like)
             except (InputError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
                 raise
             except Exception as error:  # damaged files fail in as many ways as there are bytes
                 reason = _first_line(error)
-            else:
+            if not (reason := _anywhere(reason)):
                 return Restored(candidate, state, host, list(self.skipped))
             self.skipped.append(
                 f"checkpoint {self.folder / str(candidate)} is damaged ({reason}): passed over"
@@ -162,8 +168,11 @@ class Checkpoints:
                 self._open().delete(step)
 
     def problems(self) -> list[str]:
-        """The saves that failed since the last call, one line each. Never waits for a save in progress."""
-        if self._pending is not None and not self._open().is_saving_in_progress():
+        """The saves that failed since the last call, one line each. Never waits for a save in progress.
+
+        One of several processes tells of a save at the next one: they have to hear of it together.
+        """
+        if exchange.alone() and self._pending is not None and not self._open().is_saving_in_progress():
             self.wait()
         found, self._problems = self._problems, []
         return found
@@ -184,18 +193,16 @@ class Checkpoints:
         if self._pending is None:
             return
         step = self._pending
+        failure = ""
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # as in `save`
             failure = _first_line(error)
-        else:
-            failure = ""
-        if failure:
+        if failure := _anywhere(failure):
             self._failed(step, failure)
             return
         self._pending = None
-        for leftover in (*self.folder.glob(f"*{_DAMAGED}"), *self.folder.glob(f"*{_SUPERSEDED}")):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._remove(f"*{_DAMAGED}", f"*{_SUPERSEDED}")
 
     def close(self) -> None:
         """Waits for the save in progress and ends the background threads."""
@@ -207,8 +214,10 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        # An exception in one of several processes ends them all: the others are not here to be waited for.
+        if error is None or exchange.alone():
+            self.close()
 
     def _open(self) -> Any:
         """The Orbax manager; made at first use, since importing Orbax takes its time."""
@@ -218,7 +227,7 @@ class Checkpoints:
             from orbax.checkpoint import checkpoint_managers
 
             if not self._read_only:
-                self._put_back()
+                exchange.from_first(self._put_back)
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
@@ -255,15 +264,21 @@ class Checkpoints:
                 manager.close()
         del manager
         _sweep()
-        for leftover in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(leftover, ignore_errors=True)  # a full disk needs the room
+        self._remove(f"{step}.orbax-checkpoint-tmp*")  # a full disk needs the room
 
     def _set_aside(self, step: int, suffix: str) -> None:
-        if jax.process_index() == 0:
+        def rename() -> None:
             aside = self.folder / f"{step}{suffix}"
             shutil.rmtree(aside, ignore_errors=True)
             (self.folder / str(step)).rename(aside)
+
+        exchange.from_first(rename)
         self._open().reload()
+
+    def _remove(self, *patterns: str) -> None:
+        if exchange.first():
+            for leftover in [path for pattern in patterns for path in self.folder.glob(pattern)]:
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def _content(self, step: int) -> dict[str, Any]:
         """All of a checkpoint that is no array, proved by its checksum."""
@@ -291,7 +306,10 @@ class Checkpoints:
             raise InputError(_other_arrays(self.folder / str(step), saved, wanted))
         arrays = ocp.args.StandardRestore(_not_empty(targets))
         leaves = self._open().restore(step, args=ocp.args.Composite(state=arrays)).state
-        leaves |= {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in targets.items() if not leaf.size}
+        empty = {name: leaf for name, leaf in targets.items() if not leaf.size}
+        leaves |= {
+            name: placed(np.zeros(leaf.shape, leaf.dtype), leaf.sharding) for name, leaf in empty.items()
+        }
         for name, digest in zip(targets, digests([leaves[name] for name in targets]), strict=True):
             if digest != content["leaves"][name][2]:
                 raise ValueError(f"the digest of {name} does not match")
@@ -331,6 +349,11 @@ def _quiet() -> None:
             before(unraisable)
 
     sys.unraisablehook = hook
+
+
+def _anywhere(failure: str) -> str:
+    """What failed in the first process in which something did; empty for nothing. All processes ask together."""
+    return next(filter(None, exchange.gathered(failure)), "")
 
 
 def _first_line(error: Exception) -> str:

@@ -17,15 +17,18 @@ import math
 import os
 import re
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxlora.core.errors import InputError
+from jaxlora.runs.differences import another_config, differing
 from jaxlora.runs.files import ASIDE, LOCK, append, encode_json, encode_rows, lock_folder, release, replace
 
 CONFIG, RECORD, METRICS = "config.json", "record.json", "metrics.jsonl"
-_SHOWN = 4  # differing config keys named in a message before it goes on with a count
+_VISIBLE = (
+    60  # seconds until a new folder shows on every machine: network file systems remember what was not there
+)
 
 
 def default_path(config_name: str, now: time.struct_time | None = None) -> Path:
@@ -52,12 +55,21 @@ class RunDirectory:
         config: the resolved config, as JSON values.
         resumed: whether the folder held this run already.
         resumed_after: the step given to `truncate`, None before.
+        writes: whether this process writes into the folder; one of several that does not (see `follow`) keeps the
+            record in mind, and no more.
     """
 
     def __init__(
-        self, path: Path, config: dict[str, Any], record: dict[str, Any], *, resumed: bool, lock: int | None
+        self,
+        path: Path,
+        config: dict[str, Any],
+        record: dict[str, Any],
+        *,
+        resumed: bool,
+        lock: int | None,
+        writes: bool = True,
     ):
-        self.path = path
+        self.path, self.writes = path, writes
         self.config = config
         self.resumed = resumed
         self.resumed_after: int | None = None
@@ -105,18 +117,45 @@ class RunDirectory:
             *folder.glob(f"spikes/*{ASIDE}"),
         ):
             leftover.unlink()
-        resumed = (folder / CONFIG).exists()
+        resumed, found = (folder / CONFIG).exists(), wanted
         if resumed:
             found = _read_json(folder / CONFIG)
-            differences = list(_differences(found, wanted))
+            differences = list(differing(found, wanted))
             if differences:
-                raise InputError(_another_config(folder, differences))
+                raise InputError(another_config(folder, differences))
             _cut_half_line(folder / METRICS)
         else:
             _check_is_run_or_empty(folder)
             replace(folder / CONFIG, encode_json(wanted, indent=2))
         record = _read_json(folder / RECORD) if (folder / RECORD).exists() else {}
-        return cls(folder, wanted, record, resumed=resumed, lock=lock)
+        run = cls(folder, wanted, record, resumed=resumed, lock=lock)
+        if (
+            resumed and found != wanted
+        ):  # in what may differ; with the first write, since it may be refused yet
+            run._late[folder / CONFIG] = encode_json(wanted, indent=2)
+        return run
+
+    @classmethod
+    def follow(
+        cls, path: str | os.PathLike[str], config: Mapping[str, Any], record: dict[str, Any], resumed: bool
+    ) -> "RunDirectory":
+        """The folder in a process that leaves writing to another one, which has opened it.
+
+        Args:
+            path, config: as for `open`.
+            record, resumed: what `open` found there.
+        Raises:
+            InputError: the folder cannot be seen from here.
+        """
+        folder, wanted = Path(path), json.loads(encode_json(config))
+        patience = time.monotonic() + _VISIBLE
+        while not (folder / CONFIG).is_file():
+            if time.monotonic() > patience:
+                raise InputError(
+                    f"{folder} is not seen by all processes: give a --workdir on a file system that they share."
+                )
+            time.sleep(0.1)
+        return cls(folder, wanted, record, resumed=resumed, lock=None, writes=False)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "RunDirectory":
@@ -238,6 +277,8 @@ class RunDirectory:
             spikes: steps whose rows stay in spikes/ all the same: they were gone back from, and won't come again.
         """
         self.resumed_after = after_step
+        if not self.writes:
+            return
 
         def stays(file: Path) -> bool:
             step = re.fullmatch(r".*-(\d+)", file.stem)
@@ -292,6 +333,8 @@ class RunDirectory:
 
     def _flush_late(self) -> None:
         """Writes all that waits, oldest first. Every write comes through here, so a later one retries the earlier."""
+        if not self.writes:
+            self._late, self._late_lines = {}, b""
         for file in list(self._late):
             try:
                 file.parent.mkdir(exist_ok=True)
@@ -357,33 +400,3 @@ def _unwritable(folder: Path, error: OSError) -> InputError:
     return InputError(
         f"cannot write the run folder {folder} ({error.strerror or error}): give another --workdir"
     )
-
-
-def _differences(found: Any, wanted: Any, key: str = "") -> Iterable[str]:
-    """Yields, for each differing key, a phrase with the value in the folder and the value wanted now."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for name in dict.fromkeys((*found, *wanted)):
-            path = f"{key}.{name}" if key else name
-            if name not in wanted:
-                yield f"{path} is {json.dumps(found[name])} there and unknown here"
-            elif name not in found:
-                yield f"{path} is missing there and {json.dumps(wanted[name])} here"
-            else:
-                yield from _differences(found[name], wanted[name], path)
-    elif not _same(found, wanted):
-        yield f"{key} is {json.dumps(found)} there and {json.dumps(wanted)} here"
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Equality of JSON values: 1 is 1.0, but true is not 1, which Python would grant."""
-    if isinstance(one, bool) or isinstance(other, bool):
-        return one is other
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
-    return one == other
-
-
-def _another_config(folder: Path, differences: list[str]) -> str:
-    shown = "; ".join(differences[:_SHOWN])
-    more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
-    return f"{folder} holds a run with another config: {shown}{more}.\nGive another --workdir, or the run's own config."

@@ -80,6 +80,15 @@ class Progress:
         # A thread that still writes when the interpreter goes away would crash it, and a live line hides the cursor.
         atexit.register(self.close)
 
+    def mute(self) -> None:
+        """Shows nothing from here on, since another process speaks for this one; nor do libraries there."""
+        with self._lock:
+            if self._live is not None:
+                self._live.stop()
+                self._live = None
+            self.interactive = False
+            self._send_nowhere()
+
     def say(self, text: str) -> None:
         """Prints a message, above the live line if there is one."""
         with self._lock:
@@ -245,7 +254,10 @@ class Progress:
                 print(text, file=self._output, flush=True)
         except BrokenPipeError:
             # Whoever read the lines (a pager, `head`) is gone. The run is worth more than its lines.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._output.fileno())
+            self._send_nowhere()
+
+    def _send_nowhere(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._output.fileno())
 
     def _show(self) -> None:
         """Starts or stops what keeps the display alive, as there is something going on or not."""

@@ -53,7 +53,8 @@ class Writers:
         """Shows the config in TensorBoard's HParams tab, keys joined by dots; lists and None as text."""
         flat = dict(_flat(config))
         self._hparams = lambda writer: writer.write_hparams(flat)
-        self._queue.put(self._hparams)  # no number yet: not worth starting the thread
+        if self._run.writes:
+            self._queue.put(self._hparams)  # no number yet: not worth starting the thread
 
     def texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Shows texts (Markdown) in TensorBoard."""
@@ -67,6 +68,8 @@ class Writers:
 
     def flush(self) -> None:
         """Waits until TensorBoard's files hold all that was written so far."""
+        if not self._run.writes:
+            return
         written = threading.Event()
         self._put(lambda writer: writer.flush())
         self._put(lambda _: written.set())
@@ -94,6 +97,8 @@ class Writers:
         self.close()
 
     def _put(self, call: _Call | None) -> None:
+        if not self._run.writes:
+            return
         self._queue.put(call)
         if self._thread is None:
             self._thread = threading.Thread(

@@ -16,6 +16,7 @@ from jaxlora.data.chat import ChatEncoder
 from jaxlora.data.rows import Conversation, Message
 from jaxlora.models.decoder import Decoder
 from jaxlora.models.decoding import Sampling, answer_batch, bucket, left_pad
+from jaxlora.parallel.rows import placed
 from jaxlora.parallel.sharding import batch_sharding, cache_sharding, head_spread
 from jaxlora.training.metrics import ANSWER_METRICS, Answered
 
@@ -64,7 +65,9 @@ class AnswerProgram:
             spread=head_spread(decoder.activation_sharding, decoder.spec.vocab_size),
         )
         options = compiler_options(mesh.devices.flat[0].platform)
-        self.jitted = jax.jit(answer, compiler_options=options)
+        # The answers, small as they are, to every device: each process scores all of them.
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self.jitted = jax.jit(answer, out_shardings=everywhere, compiler_options=options)
 
     def lower(self, lora: Mapping[str, Any], base: Mapping[str, Any], batch_size: int) -> jax.stages.Lowered:
         """Ready to be compiled (it brings its own compiler options).
@@ -86,7 +89,10 @@ class AnswerProgram:
 
     def rest(self) -> tuple[Any, ...]:
         """Stop ids, sampling and key: what is the same for all batches, placed."""
-        return jax.device_put(self._values(), NamedSharding(self._mesh, PartitionSpec()))
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+        *values, key = self._values()
+        key = placed(jax.random.key_data(key), everywhere)
+        return *placed(tuple(values), everywhere), jax.random.wrap_key_data(key)
 
     def _values(self) -> tuple[Any, ...]:
         return self._stop_ids, Sampling(np.float32(0), np.float32(1)), jax.random.key(0)
@@ -193,8 +199,8 @@ class Answers:
             members = self._order[start : start + count]
             tokens, padding = left_pad([self._ids[i] for i in members], count, self._made.length)
             numbers = np.resize(members, count).astype(np.int32)
-            batch = jax.device_put((tokens, padding), rows)
-            answered = self._program(base, lora, *batch, *rest, jax.device_put(numbers, rows))
+            batch = placed((tokens, padding), rows)
+            answered = self._program(base, lora, *batch, *rest, placed(numbers, rows))
             ids, lengths, ended = jax.device_get(answered)
             for i, row, length, end in zip(members, ids, lengths, ended, strict=False):
                 text = str(self._tokenizer.decode(row[:length].tolist(), skip_special_tokens=True))

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 
 from jaxlora.data.batches import EvalBatches, Examples
+from jaxlora.parallel import exchange
+from jaxlora.parallel.rows import Share
 from jaxlora.training.metrics import BINS, METRICS, Totals
 
 TURNS = ("first", "later")
@@ -103,6 +105,7 @@ class Evaluator:
         metrics: names; those of `METRICS` are computed.
         groups: over which besides all, if any.
         name: what the metrics' names begin with.
+        share: the rows that this process makes and sums, where it is one of several; None for all.
     """
 
     def __init__(
@@ -113,8 +116,10 @@ class Evaluator:
         metrics: Sequence[str],
         groups: Groups | None = None,
         name: str = "eval",
+        share: Share | None = None,
     ):
         self._step, self._data, self._put, self._name = step, data, put, name
+        self._share = share
         self._metrics = [n for n in metrics if n in METRICS]
         groups = groups or Groups(data.examples, turns=False)
         self._sources, self._members = groups.sources, {"": groups.everything, **groups.members}
@@ -131,23 +136,34 @@ class Evaluator:
         """
         sums = _Sums(self._sources, len(self._members[""]))
         waiting: list[tuple[Any, Mapping[str, np.ndarray], np.ndarray]] = []
+        count, share = self._data.batch_size, self._share
+        own = np.arange(count) if share is None else share.own(count)
         for index in range(self._data.num_batches):
-            batch = self._data.batch(index)
+            batch = self._data.batch(index, own)
             found = self._step(lora, base, self._put(batch))
-            rows = np.arange(len(batch["segments"]))[:, None]
-            waiting.append((found, batch, self._data.example_ids(index)[rows, batch["segments"]]))
+            if share is not None:  # rows that another process has too are counted there
+                batch |= {"weights": batch["weights"] * share.counted(count)}
+            waiting.append((found, batch, self._data.example_ids(index)[own[:, None], batch["segments"]]))
             # One batch stays under way on the device while the one before is summed here.
             if len(waiting) > 1:
-                sums.add(*waiting.pop(0))
+                sums.add(*self._fetched(*waiting.pop(0)))
             if progress:
                 progress(index + 1, self._data.num_batches)
         for item in waiting:
-            sums.add(*item)
+            sums.add(*self._fetched(*item))
+        sums.add_others()
         found: dict[str, float] = {}
         for group, members in self._members.items():
             totals = sums.totals(members)
             found |= {f"{self._name}{group}/{name}": METRICS[name](totals) for name in self._metrics}
         return Evaluation(found, sums.per_example())
+
+    def _fetched(self, found: Any, batch: Mapping[str, np.ndarray], owner: np.ndarray) -> tuple[Any, ...]:
+        """What `_Sums.add` takes, on the host."""
+        host = (
+            jax.device_get(found) if self._share is None else self._share.fetch(found, self._data.batch_size)
+        )
+        return host, batch, owner
 
 
 class _Sums:
@@ -165,10 +181,12 @@ class _Sums:
         self._ranges = {name: np.zeros((count, len(TURNS), BINS)) for name in ("confidence", "correct")}
 
     def add(self, found: Any, batch: Mapping[str, np.ndarray], owner: np.ndarray) -> None:
-        """Adds a batch's [B, T] `TokenMetrics` to the sums of the examples that own the positions."""
-        host, kept = jax.device_get(found), batch["weights"] > 0
+        """Adds a batch's [B, T] `TokenMetrics`, on the host, to the sums of the examples that own the positions."""
+        kept = batch["weights"] > 0
         example, turn = owner[kept], later_turn(batch["segments"], batch["weights"])[kept]
-        values = {name: getattr(host, name)[kept].astype(np.float64) for name in (*self.FIELDS, "confidence")}
+        values = {
+            name: getattr(found, name)[kept].astype(np.float64) for name in (*self.FIELDS, "confidence")
+        }
         values["weight"] = batch["weights"][kept].astype(np.float64)
         for name, total in self._sums.items():
             np.add.at(total, (example, turn), values[name])
@@ -177,6 +195,12 @@ class _Sums:
         number = np.clip(number, 0, BINS - 1)
         for name, total in self._ranges.items():
             np.add.at(total, (self._sources[example], turn, number), values[name])
+
+    def add_others(self) -> None:
+        """Adds what the other processes have summed: their rows are others."""
+        for sums in (self._sums, self._ranges):
+            for name, own in sums.items():
+                sums[name] = exchange.summed(own)
 
     def totals(self, members: np.ndarray) -> Totals:
         """What the cells of a group [sources, turns] come to."""

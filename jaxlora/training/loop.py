@@ -37,6 +37,8 @@ class Program:
         rollback: carries a rollback out: (verdict, any state of the run) -> the state to go on from.
         asked_to_leave: takes the number of steps made, at every step, rising by one; whether someone asked the run to
             save and end.
+        decided: takes the standing and the verdict after each evaluation; where several processes train together, all
+            leave with the first one's.
     """
 
     step: Callable[[TrainState, Any, Mapping[str, Any]], tuple[TrainState, Any]]
@@ -45,6 +47,7 @@ class Program:
     total_steps: int
     rollback: Callable[[Rollback, TrainState], TrainState]
     asked_to_leave: Callable[[int], bool] = lambda step: False
+    decided: Callable[[Standing, Stop | None], Stop | None] = lambda standing, verdict: verdict
 
 
 def train(program: Program, state: TrainState, standing: Standing, events: Events) -> tuple[TrainState, Stop]:
@@ -67,7 +70,7 @@ def train(program: Program, state: TrainState, standing: Standing, events: Event
     clock: float | None = None  # when the step before was seen; None after anything but a step
 
     if step == 0:
-        _start(events, state, total)
+        _start(program, events, state, standing)
     batch: Any = program.batch(step + 1) if step < total else None
     while step < total:
         # ---- the step, and the next batch while it runs
@@ -99,7 +102,7 @@ def train(program: Program, state: TrainState, standing: Standing, events: Event
             state, clock = program.rollback(verdict, state), None
             step = int(state.step)
             if step == 0:
-                _start(events, state, total)
+                _start(program, events, state, standing)
             batch = program.batch(step + 1)
             continue
 
@@ -108,7 +111,7 @@ def train(program: Program, state: TrainState, standing: Standing, events: Event
             info = StepInfo(step, total, {}, state=state, leaving=leaving)
             if verdict is None:
                 events.evaluate(info)
-                verdict = events.stop(info)
+                verdict = program.decided(standing, events.stop(info))
             if verdict is not None:
                 info = dataclasses.replace(info, leaving=True)
             events.save(info)
@@ -120,9 +123,9 @@ def train(program: Program, state: TrainState, standing: Standing, events: Event
     return state, Stop("finished", f"all {total} steps done")
 
 
-def _start(events: Events, state: TrainState, total: int) -> None:
+def _start(program: Program, events: Events, state: TrainState, standing: Standing) -> None:
     """What happens before the first step."""
-    start = StepInfo(0, total, {}, state=state)
+    start = StepInfo(0, program.total_steps, {}, state=state)
     events.evaluate(start)
-    events.stop(start)
+    program.decided(standing, events.stop(start))
     events.save(start)

@@ -13,6 +13,7 @@ from jaxlora.lora.peft import save_peft
 from jaxlora.lora.spec import LoraSpec
 from jaxlora.lora.variants import ordinary
 from jaxlora.models.weights import ModelFiles
+from jaxlora.parallel import exchange
 from jaxlora.runs.checkpoints import Checkpoints
 from jaxlora.runs.directory import RunDirectory
 from jaxlora.runs.writers import Writers
@@ -52,7 +53,9 @@ class Recorder:
         self.run.write_evaluation(step, columns, name)
 
     def recall(self, step: int, name: str) -> dict[str, list[Any]] | None:
-        """The columns of an earlier evaluation's file, None when it is gone."""
+        """The columns of an earlier evaluation's file, None when it is gone, or another process's."""
+        if not self.run.writes:
+            return None
         try:
             return self.run.read_evaluation(step, name)
         except (OSError, ValueError):
@@ -129,8 +132,10 @@ class Recorder:
             self.say(line)
 
     def _adapter(self, folder: Path, state: TrainState) -> None:
-        self._unwritten[folder] = ordinary(state.adapter, self.spec, state.anchor)
-        self._write_adapters()
+        adapter, anchor = exchange.whole(state.adapter), exchange.whole(state.anchor)  # by all processes
+        if self.run.writes:
+            self._unwritten[folder] = ordinary(adapter, self.spec, anchor)
+            self._write_adapters()
 
     def _write_adapters(self) -> None:
         """Writes the adapters that wait: a new one, and what could not be written when it was new."""
@@ -138,9 +143,8 @@ class Recorder:
             try:
                 save_peft(folder, *adapter, self.base.name, self.base.revision)
             except OSError as error:  # a full disk must not end the run
-                pairs = jax.tree.map(
-                    lambda leaf: np.array(leaf, copy=True), adapter[0]
-                )  # the state's are donated
+                # The state's own memory, on a CPU, and that is donated.
+                pairs = jax.tree.map(lambda leaf: np.array(leaf, copy=True), adapter[0])
                 self._unwritten[folder] = (pairs, adapter[1])
                 self.say(
                     f"{folder} could not be written ({error.strerror or error}); what was there before stays, and the "

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlora.parallel.rows import placed
 from jaxlora.training.events import Rollback, Standing
 from jaxlora.training.recording import Recorder
 from jaxlora.training.state import TrainState
@@ -74,11 +75,10 @@ class RollingBack:
         )
         self.begin(step)
         optimizer = state.settings.optimizer
-        placed = jax.device_put(
-            np.float32(rate), jax.tree.leaves(like.settings.optimizer.learning_rate)[0].sharding
-        )
+        leaf = jax.tree.leaves(like.settings.optimizer.learning_rate)[0]
+        lower = placed(np.float32(rate), leaf.sharding)
         return state._replace(
-            settings=state.settings._replace(optimizer=optimizer._replace(learning_rate=placed))
+            settings=state.settings._replace(optimizer=optimizer._replace(learning_rate=lower))
         )
 
     def _target(self, spike: int) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlora.core.errors import InputError
+from jaxlora.runs import directory
 from jaxlora.runs.directory import RunDirectory, default_path
 
 CONFIG = {"optim": {"learning_rate": 2e-4}, "lora": {"rank": 8, "targets": ("q_proj", "v_proj")}, "seed": 0}
@@ -46,6 +47,42 @@ def test_another_config_is_refused_with_what_differs_and_the_remedy(tmp_path):
     assert "lora.rank" not in message
     assert "another --workdir" in message
     assert message.count("\n") == 1
+
+
+def test_a_run_may_go_on_with_another_mesh_which_is_noted_with_the_first_write(tmp_path):
+    """It says where the run is computed, on however many devices, and not what."""
+    meshes = [{**CONFIG, "mesh": {"data": 1, "fsdp": size}} for size in (8, 4)]
+    RunDirectory.open(tmp_path, meshes[0]).close()
+    run = RunDirectory.open(tmp_path, meshes[1])
+    assert run.resumed
+    assert json.loads((tmp_path / "config.json").read_text())["mesh"]["fsdp"] == 8  # it may be refused yet
+    run.update_record(status="running")
+    assert json.loads((tmp_path / "config.json").read_text())["mesh"]["fsdp"] == 4
+    run.close()
+    with pytest.raises(InputError, match=r"another config: seed is 0 there and 1 here\."):
+        RunDirectory.open(tmp_path, {**meshes[0], "seed": 1})
+
+
+def test_a_process_that_follows_writes_nothing(tmp_path):
+    with RunDirectory.open(tmp_path, CONFIG) as run:
+        run.update_record(status="running", steps=3)
+        run.append_metrics(1, {"a": 1.0})
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        with RunDirectory.follow(tmp_path, CONFIG, run.record, run.resumed) as other:
+            assert other.record["steps"] == 3
+            other.update_record(steps=4)
+            other.append_metrics(2, {"a": 2.0})
+            other.write_evaluation(2, {"nll": [1.0]})
+            other.truncate(0)
+            assert other.record["steps"] == 4
+            assert (other.unwritten(), other.problems()) == ([], [])
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_does_not_show_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(directory, "_VISIBLE", 0)
+    with pytest.raises(InputError, match="is not seen by all processes: give a --workdir on a file system"):
+        RunDirectory.follow(tmp_path / "run", CONFIG, {}, False)
 
 
 def test_of_many_differences_a_few_are_named_and_the_rest_counted(tmp_path):

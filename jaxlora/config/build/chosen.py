@@ -185,14 +185,15 @@ def load(chosen: Chosen, model: "Model") -> "tuple[dict[str, Any], LoraSpec] | N
     from jaxlora.config.build import programs
     from jaxlora.lora.tree import mean
     from jaxlora.lora.variants import ordinary
+    from jaxlora.parallel import exchange
     from jaxlora.runs.checkpoints import Checkpoints
 
     like = programs.state_shapes(chosen.config, model, 1)
     with Checkpoints(chosen.run.checkpoints, read_only=True) as checkpoints:
         states = [_restored(checkpoints, step, like, chosen.run.path) for step in steps]
     # What DoRA and PiSSA start from is the same at every step.
-    adapter = mean([state.adapter for state in states])
-    return ordinary(adapter, programs.lora_spec(chosen.config), states[0].anchor)
+    adapter = mean([exchange.whole(state.adapter) for state in states])
+    return ordinary(adapter, programs.lora_spec(chosen.config), exchange.whole(states[0].anchor))
 
 
 def _restored(checkpoints: "Checkpoints", step: int, like: "TrainState", run: Path) -> "TrainState":

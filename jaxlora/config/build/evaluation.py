@@ -14,6 +14,7 @@ from jaxlora.core.errors import InputError
 from jaxlora.lora.spec import LoraSpec
 from jaxlora.parallel import sharding
 from jaxlora.parallel.mesh import make_mesh
+from jaxlora.parallel.rows import Share
 from jaxlora.runs.progress import Progress
 from jaxlora.training.answers import Answers, columns, scores
 from jaxlora.training.evaluate import Evaluator
@@ -83,7 +84,9 @@ def score(
         pattern: `eval.answer_pattern`.
     """
     groups = wiring.groups(data)
-    evaluator = Evaluator(step, data.eval, programs.put_batch(model), metrics, groups)
+    evaluator = Evaluator(
+        step, data.eval, programs.put_batch(model), metrics, groups, share=Share(model.mesh)
+    )
     progress.eval(0, data.eval.num_batches)
     began = time.perf_counter()
     found, per_example = evaluator(lora, base, progress.eval)
@@ -134,7 +137,12 @@ def averaged(chosen: Chosen, config: Config, devices: Sequence[Any], progress: P
         fitted = memory.fit_evaluation(config, model, [lora], None, progress.say)
     data = memory.with_eval_rows(data, fitted.eval_rows)
     evaluator = Evaluator(
-        fitted.steps[0], data.eval, programs.put_batch(model), ("nll",), wiring.groups(data)
+        fitted.steps[0],
+        data.eval,
+        programs.put_batch(model),
+        ("nll",),
+        wiring.groups(data),
+        share=Share(model.mesh),
     )
     progress.eval(0, data.eval.num_batches)
     metrics, _ = evaluator(lora, base, progress.eval)

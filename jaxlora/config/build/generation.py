@@ -17,6 +17,7 @@ from jaxlora.models.spec import DecoderSpec
 from jaxlora.models.weights import resolve_model
 from jaxlora.parallel import sharding
 from jaxlora.parallel.mesh import make_mesh
+from jaxlora.parallel.rows import placed
 
 
 def answering_model(path: str, revision: str, dtype: str) -> Model:
@@ -44,14 +45,14 @@ def effective(
     model: Model, base: Mapping[str, Any], adapter: Mapping[str, Any], spec: LoraSpec
 ) -> dict[str, Any]:
     """An adapter that was read (see `load_peft`), as the decoder reads it, placed beside the base."""
-    placed = jax.device_put(dict(adapter), sharding.tree_shardings(model.mesh, adapter))
+    given = placed(dict(adapter), sharding.tree_shardings(model.mesh, adapter))
 
     def make(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Any]:
         return variants.effective(base, adapter, spec.scales)
 
-    placements = sharding.tree_shardings(model.mesh, jax.eval_shape(make, base, placed))
+    placements = sharding.tree_shardings(model.mesh, jax.eval_shape(make, base, given))
     options = compiler_options(model.mesh.devices.flat[0].platform)
-    return jax.jit(make, out_shardings=placements, compiler_options=options)(base, placed)
+    return jax.jit(make, out_shardings=placements, compiler_options=options)(base, given)
 
 
 def session(model: Model, base: dict[str, Any], lora: dict[str, Any]) -> Session:

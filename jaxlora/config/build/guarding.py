@@ -1,12 +1,14 @@
 """The guard of a run: what it names, and how a run goes back."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from jaxlora.config.build.inputs import Data
+from jaxlora.config.build.inputs import Data, Model
+from jaxlora.config.build.programs import put_batch
 from jaxlora.config.schema import Config
+from jaxlora.parallel.rows import Share
 from jaxlora.training.events import Standing
 from jaxlora.training.guard import Guard, Policy
 from jaxlora.training.recording import Recorder
@@ -55,13 +57,17 @@ def rows_of(data: Data, step: int, nll: np.ndarray) -> dict[str, list[Any]]:
     return dict(zip(names, map(list, zip(*found, strict=True)), strict=True))
 
 
-def batches(
-    data: Data, put: Callable[[Mapping[str, np.ndarray]], Any], standing: Standing
-) -> Callable[[int], Any]:
-    """step -> its batch on the devices, without a trained token where the standing excludes it."""
+def batches(config: Config, model: Model, data: Data, standing: Standing) -> Callable[[int], Any]:
+    """step -> its batch on the devices, without a trained token where the standing excludes it.
+
+    A process of several makes and places its own rows.
+    """
+    micro = config.train.micro_batch_size
+    count = config.train.batch_size // micro
+    put, rows = put_batch(model, count), Share(model.mesh).of_step(count, micro)
 
     def batch(step: int) -> Any:
-        host = data.train.batch(step)
+        host = data.train.batch(step, rows)
         return put(host | {"weights": np.zeros_like(host["weights"])} if step in standing.excluded else host)
 
     return batch

@@ -20,6 +20,7 @@ from jaxlora.lora.peft import load_peft
 from jaxlora.lora.spec import LoraSpec, resolve_targets
 from jaxlora.lora.tree import adapted_kernels
 from jaxlora.parallel import sharding
+from jaxlora.parallel.rows import Share
 from jaxlora.training.optimizer import OptimizerSettings
 from jaxlora.training.state import Settings, TrainState, new_state
 from jaxlora.training.step import make_eval_step, make_train_step
@@ -163,15 +164,9 @@ def effective_adapter(state: TrainState, base: Mapping[str, Any]) -> dict[str, A
 def put_batch(
     model: Model, micro_batches: int | None = None
 ) -> Callable[[Mapping[str, Any]], dict[str, jax.Array]]:
-    """Places host batches: [rows, T] as they are, or cut into [M, rows / M, T]."""
-    placement = sharding.batch_sharding(model.mesh, micro_batches is not None)
-
-    def put(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        if micro_batches is not None:
-            batch = {name: x.reshape(micro_batches, -1, *x.shape[1:]) for name, x in batch.items()}
-        return jax.device_put(dict(batch), placement)
-
-    return put
+    """Places this process's rows of host batches (see `Share`): [rows, T] as they are, or cut into [M, rows / M, T]."""
+    share = Share(model.mesh)
+    return lambda batch: share.put(batch, micro_batches)
 
 
 def compile_programs(config: Config, model: Model, like: TrainState) -> Programs:
@@ -221,7 +216,8 @@ def lower_evaluation(config: Config, model: Model, lora: Mapping[str, Any]) -> j
         lora: the adapter as the decoder reads it, or its placed shapes; {} for the bare base.
     """
     batch = batch_shapes(config, model.mesh, config.eval.batch_size)
-    return jax.jit(make_eval_step(model.decoder)).lower(lora, model.shapes(), batch)
+    rows = sharding.batch_sharding(model.mesh, micro_batches=False)
+    return jax.jit(make_eval_step(model.decoder), out_shardings=rows).lower(lora, model.shapes(), batch)
 
 
 def compile_all(model: Model, lowered: Sequence[jax.stages.Lowered]) -> list[jax.stages.Compiled | None]:

@@ -13,6 +13,7 @@ from jaxlora.config.build.programs import Programs, put_batch
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import InputError
 from jaxlora.data.batches import EvalBatches
+from jaxlora.parallel.rows import Share
 from jaxlora.runs.progress import Progress
 from jaxlora.training.answers import Answers, columns, lines, markdown, scores
 from jaxlora.training.calendar import Calendar
@@ -164,8 +165,8 @@ def evaluator(
     progress: Progress,
 ) -> Callable[..., Found]:
     """Builds `evaluate(state, answer=True) -> Found`: all that is asked for, with answers or without."""
-    put, metrics = put_batch(model), config.eval.metrics
-    score = Evaluator(programs.evaluate, data.eval, put, metrics, groups(data))
+    put, share, metrics = put_batch(model), Share(model.mesh), config.eval.metrics
+    score = Evaluator(programs.evaluate, data.eval, put, metrics, groups(data), share=share)
     batches, sliced = data.eval.num_batches, train_slice(config, data)
     everything = batches + (sliced[0].num_batches if sliced else 0)
 
@@ -175,7 +176,7 @@ def evaluator(
         found, per_example = score(lora, base, lambda done, _: progress.eval(done, everything))
         files = {"eval": per_example}
         if sliced:
-            trained = Evaluator(programs.evaluate, sliced[0], put, ("nll",), name="train_eval")
+            trained = Evaluator(programs.evaluate, sliced[0], put, ("nll",), None, "train_eval", share)
             more, rows = trained(lora, base, lambda done, _: progress.eval(batches + done, everything))
             found |= more
             files["train_eval"] = rows | {"example": sliced[1][rows["example"]].tolist()}
