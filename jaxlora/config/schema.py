@@ -54,6 +54,11 @@ class ModelConfig(Section):
         "what the backward pass computes again: nothing, all but matrix products, whole layers",
         keys.one_of("none", "dots", "full"),
     )
+    attention: str = setting(
+        "auto",
+        "how attention is computed; 'auto' goes by platform and length",
+        keys.one_of("auto", "plain", "blockwise", "splash", "cudnn"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

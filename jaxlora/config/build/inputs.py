@@ -15,6 +15,7 @@ from jaxlora.core.tree import unflatten
 from jaxlora.data.batches import Batches, EvalBatches, Examples, prepare
 from jaxlora.data.chat import ChatEncoder, load_tokenizer
 from jaxlora.data.sources import Source, load_conversations, split_off_eval
+from jaxlora.models.attention import Attention
 from jaxlora.models.decoder import Decoder
 from jaxlora.models.spec import DecoderSpec
 from jaxlora.models.weights import ModelFiles, load_params, param_shapes, resolve_model
@@ -98,7 +99,7 @@ def find(chosen: ModelConfig, mesh: Mesh, weights: bool = True) -> Model:
     """Finds a base and reads its config; loads no weights, and knows nothing of the rows it will be given.
 
     Raises:
-        InputError: no such model, or one that the decoder cannot compute.
+        InputError: no such model, one that the decoder cannot compute, or an attention that the devices cannot.
     """
     files = resolve_model(chosen.path, chosen.revision, weights=weights)
     spec = DecoderSpec.from_hf(files.config)
@@ -107,8 +108,38 @@ def find(chosen: ModelConfig, mesh: Mesh, weights: bool = True) -> Model:
         remat=chosen.remat,
         dtype=jnp.dtype(chosen.dtype),
         activation_sharding=sharding.activation_sharding(mesh) if mesh.size > 1 else None,
+        attention=attention(chosen, spec, mesh),
     )
     return Model(files, spec, decoder, mesh)
+
+
+def attention(chosen: ModelConfig, spec: DecoderSpec, mesh: Mesh) -> Attention:
+    """How a base attends on these devices.
+
+    Raises:
+        InputError: model.attention is a kind that they, or this base, cannot be served with.
+    """
+    found = Attention(
+        chosen.attention,
+        _platform(mesh.devices.flat[0]),
+        sharding.attention_sharding(mesh) if mesh.size > 1 else None,
+    )
+    refusal = found.refusal(spec.head_dim, chosen.dtype)
+    if refusal:
+        raise InputError(
+            f"model.attention = {chosen.attention!r} {refusal}.\n"
+            "Set --config.model.attention=auto, which takes what the devices have."
+        )
+    return found
+
+
+def _platform(device: Any) -> str:
+    """ "cpu", "tpu", "gpu", or "cuda" for a GPU that cuDNN's flash attention runs on: compute capability 8 and up."""
+    try:
+        capability = float(getattr(device, "compute_capability", 0))
+    except ValueError:  # AMD's have names
+        capability = 0.0
+    return "cuda" if device.platform == "gpu" and capability >= 8 else device.platform
 
 
 def check_positions(config: Config, positions: int) -> None:
