@@ -28,7 +28,14 @@ REMAT_POLICIES = {
     "none": None,  # keep every activation
     "dots": jax.checkpoint_policies.save_only_these_names("projection"),  # keep the projections' outputs
     "full": jax.checkpoint_policies.nothing_saveable,  # keep each layer's input alone
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # the same, in the host's memory
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
+"""From the least that is computed again to the least that is kept on the device."""
 
 CACHE_ORDER = {"k": ((0, 2, 1, 3), (0, 2, 1, 3), 2), "v": ((0, 2, 3, 1), (0, 3, 1, 2), 3)}
 """How the cache holds keys, [B, K, S, h], and values, [B, K, h, S]: the axes of [B, S, K, h] there, the way back, and
@@ -151,6 +158,7 @@ class Block(nn.Module):
     def __call__(self, x, queries, keys, write_at, lora_dropout):
         if self.activation_sharding is not None:
             x = jax.lax.with_sharding_constraint(x, self.activation_sharding)
+        x = checkpoint_name(x, "layer_input")
         norm = RMSNorm(self.spec.rms_norm_eps, self.dtype, name="input_layernorm")(x)
         x = x + SelfAttention(self.spec, self.dtype, self.how, name="self_attn")(
             norm, queries, keys, write_at, lora_dropout

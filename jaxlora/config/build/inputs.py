@@ -84,10 +84,15 @@ def model(config: Config, weights: bool = True) -> Model:
     """Finds the base, reads its config, and lays out the mesh; loads no weights.
 
     Raises:
-        InputError: no such model, one that the decoder cannot compute, a mesh that does not fit the devices, or rows
-            longer than the model's positions.
+        InputError: no such model, one that the decoder cannot compute, a mesh that does not fit the devices, rows
+            longer than the model's positions, or a model.remat that the devices do not have.
     """
     mesh = make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor), jax.devices())
+    if config.model.remat == "offload" and not offloads(mesh):
+        raise InputError(
+            "model.remat = 'offload' keeps what layers are given in the host's memory, which is a CPU's own: it would "
+            "save nothing here.\nSet --config.model.remat=full."
+        )
     found = find(config.model, mesh, weights)
     check_positions(config, found.spec.max_position_embeddings)
     check_rows("train.micro_batch_size", config.train.micro_batch_size, mesh)
@@ -105,12 +110,17 @@ def find(chosen: ModelConfig, mesh: Mesh, weights: bool = True) -> Model:
     spec = DecoderSpec.from_hf(files.config)
     decoder = Decoder(
         spec,
-        remat=chosen.remat,
+        remat="full" if chosen.remat == "auto" else chosen.remat,  # until `memory.fit` knows what fits
         dtype=jnp.dtype(chosen.dtype),
         activation_sharding=sharding.activation_sharding(mesh) if mesh.size > 1 else None,
         attention=attention(chosen, spec, mesh),
     )
     return Model(files, spec, decoder, mesh)
+
+
+def offloads(mesh: Mesh) -> bool:
+    """Whether these devices have a memory of their own, beside the host's."""
+    return mesh.devices.flat[0].platform != "cpu"
 
 
 def attention(chosen: ModelConfig, spec: DecoderSpec, mesh: Mesh) -> Attention:

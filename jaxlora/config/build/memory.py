@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 
 from jaxlora.config.build import programs
-from jaxlora.config.build.inputs import HeldOut, Model
+from jaxlora.config.build.inputs import HeldOut, Model, offloads
 from jaxlora.config.build.programs import Programs
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import InputError
@@ -163,7 +163,7 @@ class Fitted:
     """What a run computes with; it fits.
 
     Attributes:
-        config: the run's, but for eval.batch_size, which is what fits.
+        config: the run's, but for eval.batch_size and a model.remat of "auto", which are what fits.
         programs: compiled.
         answers: with their own compiled program; None for none.
         needs: bytes on each device, by what is done.
@@ -187,7 +187,8 @@ def fit(
     """Compiles all that a run computes with, from shapes alone, and compares what it needs with what there is.
 
     Batches of evaluation and answers that do not fit are halved until they do, which changes nothing but speed, and
-    said. Batches of training are the person's: the largest that fits is looked for, and named.
+    said. Batches of training are the person's: the largest that fits is looked for, and named. Where model.remat is
+    "auto", training is compiled with one policy after the other, the fastest first, until one fits.
 
     Args:
         state: shapes of the train state.
@@ -199,6 +200,8 @@ def fit(
     lora, beside = programs.lora_shapes(model, state), _train_batch(config, model)
     adapter = _Work("the adapter", lambda _: [_Part(programs.lower_effective(model, state, lora), beside)])
     beside += size_on_device(state)
+    policy, *slower = _policies(config, model)
+    asked, config = config, _with(config, "model", remat=policy)
     wanted = [
         (_training(config, model, state), config.train.micro_batch_size),
         (adapter, 1),
@@ -207,8 +210,20 @@ def fit(
     if answers is not None:
         wanted.append((_answering(answers, model, [lora], beside), answers.batch_size))
     train, adapter, *others = _attempts(model, *wanted)
+    for policy in slower:
+        if have.holds(train.need):
+            break
+        progress.say(f"model.remat = '{config.model.remat}' would take {_need(train.need)}")
+        config = _with(config, "model", remat=policy)
+        with progress.stage(f"compiling training with model.remat = '{policy}'"):
+            (train,) = _attempts(model, (_training(config, model, state), train.rows))
     if not have.holds(train.need) or not have.holds(adapter.need):
         raise _training_refused(config, model, train, adapter, have, progress)
+    if asked.model.remat == "auto":
+        progress.say(
+            f"model.remat = 'auto' is '{config.model.remat}': training takes {_need(train.need)}, and a device has "
+            f"{told(have.size)} ({have.source})"
+        )
     evaluation, *answering = [_shrunk(config, model, attempt, have, progress.say) for attempt in others]
     made = [attempt.programs[0] for attempt in (train, adapter, evaluation)]
     if answers is not None:
@@ -216,6 +231,13 @@ def fit(
     needs = {attempt.work.name: attempt.need or 0 for attempt in (train, evaluation, *answering)}
     fitting = _with(config, "eval", batch_size=evaluation.rows)
     return Fitted(fitting, Programs(*made), answers, needs, have)
+
+
+def _policies(config: Config, model: Model) -> tuple[str, ...]:
+    """The values of model.remat to try, the fastest first."""
+    if config.model.remat != "auto":
+        return (config.model.remat,)
+    return ("none", "dots", "full", *(("offload",) if offloads(model.mesh) else ()))
 
 
 class FittedEvaluation(NamedTuple):
@@ -280,7 +302,7 @@ def _shrunk(
         if rows == attempt.rows:
             raise InputError(
                 f"{attempt.work.name}: even {_rows(rows)} at once takes {_need(attempt.need)}, and a device has "
-                f"{told(have.size)} ({have.source}).\n{_remedy(config, attempt.work)}"
+                f"{told(have.size)} ({have.source}).\n{_remedy(config, model, attempt.work)}"
             )
         (attempt,) = _attempts(model, (attempt.work, rows))
     if attempt is not asked:
@@ -322,10 +344,10 @@ def _training_refused(
             f"--config.train.micro_batch_size={best.rows}. It changes nothing but speed."
         )
     even = f"{_rows(train.rows)} at once takes {_need(train.need)} still. " if train.rows < asked else ""
-    return InputError(f"{said}{even}{_remedy(config, train.work)}")
+    return InputError(f"{said}{even}{_remedy(config, model, train.work)}")
 
 
-def _remedy(config: Config, work: _Work) -> str:
+def _remedy(config: Config, model: Model, work: _Work) -> str:
     """What helps where no smaller batch does."""
     helps = []
     if work.name == "answers":
@@ -333,8 +355,9 @@ def _remedy(config: Config, work: _Work) -> str:
             f"a smaller eval.max_new_tokens (it is {config.eval.max_new_tokens})",
             "--config.eval.generate=0",
         ]
-    if work.name == "training" and config.model.remat != "full":
-        helps.append("--config.model.remat=full")
+    if work.name == "training":
+        least = "offload" if offloads(model.mesh) else "full"
+        helps += [f"--config.model.remat={least}"] if config.model.remat != least else []
     if config.model.dtype != "bfloat16":
         helps.append("--config.model.dtype=bfloat16")
     if work.name != "answers":
