@@ -120,4 +120,4 @@ def test_cudnn_is_for_gpus_that_have_its_kernels(platform, capability, told):
     device = types.SimpleNamespace(platform=platform)
     if capability:
         device.compute_capability = capability
-    assert inputs._platform(device) == told
+    assert inputs.attention_platform(device) == told

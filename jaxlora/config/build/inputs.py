@@ -131,7 +131,7 @@ def attention(chosen: ModelConfig, spec: DecoderSpec, mesh: Mesh) -> Attention:
     """
     found = Attention(
         chosen.attention,
-        _platform(mesh.devices.flat[0]),
+        attention_platform(mesh.devices.flat[0]),
         sharding.attention_sharding(mesh) if mesh.size > 1 else None,
     )
     refusal = found.refusal(spec.head_dim, chosen.dtype)
@@ -143,7 +143,7 @@ def attention(chosen: ModelConfig, spec: DecoderSpec, mesh: Mesh) -> Attention:
     return found
 
 
-def _platform(device: Any) -> str:
+def attention_platform(device: Any) -> str:
     """ "cpu", "tpu", "gpu", or "cuda" for a GPU that cuDNN's flash attention runs on: compute capability 8 and up."""
     try:
         capability = float(getattr(device, "compute_capability", 0))
