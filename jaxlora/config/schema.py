@@ -51,8 +51,13 @@ class ModelConfig(Section):
     dtype: str = setting("bfloat16", "dtype of the frozen base", keys.one_of("bfloat16", "float32"))
     remat: str = setting(
         "full",
-        "what the backward pass computes again: nothing, all but matrix products, whole layers",
-        keys.one_of("none", "dots", "full"),
+        "what the backward pass computes again (docs/attention.md); 'auto' is the fastest that fits",
+        keys.one_of("none", "dots", "full", "offload", "auto"),
+    )
+    attention: str = setting(
+        "auto",
+        "how attention is computed; 'auto' goes by platform and length",
+        keys.one_of("auto", "plain", "blockwise", "splash", "cudnn"),
     )
 
 

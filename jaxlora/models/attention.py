@@ -1,50 +1,130 @@
-"""Grouped-query attention over packed, padded and cached keys, by one formula."""
+"""Grouped-query attention over packed, padded and cached keys: one function, several ways to compute it.
+
+    plain      the formula, with all scores [B, H, T, S] in memory
+    blockwise  the same in blocks, linear in T (`blockwise.py`); XLA, on any platform
+    splash     a Pallas kernel for TPUs (`kernels.py`)
+    cudnn      cuDNN's flash attention for NVIDIA GPUs (`kernels.py`)
+
+Which one when, and why, is in docs/attention.md.
+"""
+
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlora.core.products import contract
+from jaxlora.models.blockwise import blockwise
+from jaxlora.models.kernels import kernel
+from jaxlora.models.places import MASKED, Places, visible
 
-MASKED = -1e30
-"""Score of a forbidden key: finite, so that a row of padding, which may see nothing, stays free of NaN."""
+LONG = 2048
+"""From T S = LONG^2 on, XLA attends in blocks: see the memory of both in docs/attention.md."""
+
+KERNEL_FROM = 512
+"""Tokens in a row from which on a kernel of the platform's own is used, where there is one."""
+
+MASK_UP_TO = 8192
+"""The longest row for which cuDNN's mask, 2 T^2 bytes a row, is worth its memory."""
+
+_SERVED_BY = {"splash": ("tpu", "a TPU"), "cudnn": ("cuda", "an NVIDIA GPU (Ampere or later)")}
 
 
-def visible(
-    q_positions: Int[Array, "B T"],
-    q_segments: Int[Array, "B T"],
-    k_positions: Int[Array, "B S"],
-    k_segments: Int[Array, "B S"],
-    window: int | None,
-) -> Bool[Array, "B T S"]:
-    """Which keys each query may see: same example, not later, not further back than the window.
+@dataclass(frozen=True)
+class Attention:
+    """How a decoder attends.
 
-    Positions restart at each example, so comparing them inside a segment is the causal mask; segment 0 is padding.
-
-    Args:
-        q_positions, k_positions: position of each token within its own example.
-        q_segments, k_segments: example number within the row from 1; 0 for padding.
-        window: sliding window in tokens (a query sees itself and the `window - 1` before it), or None.
+    Attributes:
+        kind: "auto", "plain", "blockwise", "splash" or "cudnn".
+        platform: what programs are compiled for: "cpu", "tpu", "gpu", or "cuda" for a GPU that cuDNN's kernels run on.
+        sharding: placement of the queries [B, T, H, h], rows and heads, for kernels; None for one device.
+        interpret: run splash attention's definition, on any platform; for tests.
     """
-    distance = q_positions[:, :, None] - k_positions[:, None, :]
-    same = (q_segments[:, :, None] == k_segments[:, None, :]) & (k_segments[:, None, :] > 0)
-    allowed = same & (distance >= 0)
-    return allowed if window is None else allowed & (distance < window)
+
+    kind: str = "auto"
+    platform: str = "cpu"
+    sharding: NamedSharding | None = None
+    interpret: bool = False
+
+    def refusal(self, head_dim: int, dtype: Any) -> str | None:
+        """Why this kind cannot be, as half a sentence; None where it can.
+
+        Args:
+            head_dim: h. dtype: of queries, keys and values.
+        """
+        platform, device = _SERVED_BY.get(self.kind, ("", ""))
+        if platform and platform != self.platform and not (self.kind == "splash" and self.interpret):
+            return f"needs {device}, and this runs on a {self.platform}"
+        if self.kind == "cudnn" and jnp.dtype(dtype).itemsize != 2:
+            return f"computes in bfloat16, and model.dtype is {jnp.dtype(dtype).name}"
+        if self.kind == "cudnn" and (head_dim % 8 or head_dim > 128):
+            return f"takes head dimensions that are multiples of 8 up to 128, and the model's is {head_dim}"
+        return None
+
+    def chosen(self, time: int, keys: int, own: bool, head_dim: int, dtype: Any) -> str:
+        """The kind for these shapes.
+
+        Args:
+            time, keys: T and S. own: whether the keys are the queries' own row, and not a cache.
+            head_dim: h. dtype: of queries, keys and values.
+        """
+        by_length = "blockwise" if time * keys >= LONG**2 else "plain"
+        if not own:  # a cache: no kernel here takes one
+            return "plain" if self.kind == "plain" else by_length
+        if self.kind != "auto":
+            return self.kind
+        for kind, longest in (("splash", None), ("cudnn", MASK_UP_TO)):
+            there = Attention(kind, self.platform).refusal(head_dim, dtype) is None
+            if there and KERNEL_FROM <= time <= (longest or time):
+                return kind
+        return by_length
 
 
 def attention(
     q: Float[Array, "B T H h"],
     k: Float[Array, "B S K h"],
     v: Float[Array, "B S K h"],
-    mask: Bool[Array, "B T S"],
+    queries: Places,
+    keys: Places | None,
+    window: int | None,
+    how: Attention = Attention(),
 ) -> Float[Array, "B T H h"]:
-    """Softmax attention, scores and softmax in float32.
+    """Softmax attention of each query to the keys that it may see, scores and softmax in float32.
 
     softmax(q k^T / sqrt(h) + mask) v, where query heads G*i .. G*i + G - 1 share key/value head i (G = H / K).
 
+    Args:
+        q, k, v: queries, keys and values.
+        queries: where the queries stand.
+        keys: where the keys stand; None where they are the queries' own row (S = T; examples are contiguous).
+        window: sliding window in tokens (a query sees itself and the `window - 1` before it), or None.
+        how: the kind of computation; it changes rounding, memory and speed alone.
     Returns:
-        float32 [B, T, H, h]. Queries that see no key (padding) return the mean of v: their loss weight is zero.
+        float32 [B, T, H, h]. Queries that see no key (padding) return something finite: their loss weight is zero.
     Source: Vaswani et al. 2017, equation 1; Ainslie et al. 2023 (GQA).
+    """
+    kind = how.chosen(q.shape[1], k.shape[1], keys is None, q.shape[-1], q.dtype)
+    if kind == "plain":
+        return plain(q, k, v, visible(*queries, *(queries if keys is None else keys), window))
+    if kind == "blockwise":
+        return blockwise(q, k, v, queries, keys, window).astype(jnp.float32)
+    compute = kernel(kind, window, how.sharding, how.interpret)
+    return compute(q, k, v, queries.segments).astype(jnp.float32)
+
+
+def plain(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B S K h"],
+    v: Float[Array, "B S K h"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T H h"]:
+    """The formula, term by term; all scores are in memory at once.
+
+    Returns:
+        float32 [B, T, H, h]. Queries that see no key (padding) return the mean of v.
     """
     batch, time, heads, width = q.shape
     groups = heads // k.shape[2]

@@ -20,14 +20,22 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlora.core.products import contract
-from jaxlora.models.attention import attention, rotate, visible
+from jaxlora.models.attention import Attention, attention, rotate
+from jaxlora.models.places import Places
 from jaxlora.models.spec import DecoderSpec
 
 REMAT_POLICIES = {
     "none": None,  # keep every activation
     "dots": jax.checkpoint_policies.save_only_these_names("projection"),  # keep the projections' outputs
     "full": jax.checkpoint_policies.nothing_saveable,  # keep each layer's input alone
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # the same, in the host's memory
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
+"""From the least that is computed again to the least that is kept on the device."""
 
 CACHE_ORDER = {"k": ((0, 2, 1, 3), (0, 2, 1, 3), 2), "v": ((0, 2, 3, 1), (0, 3, 1, 2), 3)}
 """How the cache holds keys, [B, K, S, h], and values, [B, K, h, S]: the axes of [B, S, K, h] there, the way back, and
@@ -88,9 +96,10 @@ class RMSNorm(nn.Module):
 class SelfAttention(nn.Module):
     spec: DecoderSpec
     dtype: Any
+    how: Attention
 
     @nn.compact
-    def __call__(self, x, positions, mask, write_at, lora_dropout):
+    def __call__(self, x, queries, keys, write_at, lora_dropout):
         spec, dtype = self.spec, self.dtype
 
         def project(name: str, features: int, use_bias: bool, inputs):
@@ -100,12 +109,12 @@ class SelfAttention(nn.Module):
             y = project(name, count * spec.head_dim, spec.qkv_bias, x)
             return y.reshape(*y.shape[:2], count, spec.head_dim)
 
-        q = rotate(heads("q_proj", spec.num_heads), positions, spec.rope_theta)
-        k = rotate(heads("k_proj", spec.num_kv_heads), positions, spec.rope_theta)
+        q = rotate(heads("q_proj", spec.num_heads), queries.positions, spec.rope_theta)
+        k = rotate(heads("k_proj", spec.num_kv_heads), queries.positions, spec.rope_theta)
         v = heads("v_proj", spec.num_kv_heads)
         if write_at is not None:
             k, v = self._remember("k", k, write_at), self._remember("v", v, write_at)
-        y = attention(q, k, v, mask).astype(dtype)
+        y = attention(q, k, v, queries, keys, spec.sliding_window, self.how).astype(dtype)
         return project("o_proj", spec.hidden_size, False, y.reshape(*y.shape[:2], -1))
 
     def _remember(self, name: str, new: Float[Array, "B T K h"], write_at) -> Float[Array, "B S K h"]:
@@ -143,14 +152,16 @@ class Block(nn.Module):
     spec: DecoderSpec
     dtype: Any
     activation_sharding: jax.sharding.Sharding | None
+    how: Attention
 
     @nn.compact
-    def __call__(self, x, positions, mask, write_at, lora_dropout):
+    def __call__(self, x, queries, keys, write_at, lora_dropout):
         if self.activation_sharding is not None:
             x = jax.lax.with_sharding_constraint(x, self.activation_sharding)
+        x = checkpoint_name(x, "layer_input")
         norm = RMSNorm(self.spec.rms_norm_eps, self.dtype, name="input_layernorm")(x)
-        x = x + SelfAttention(self.spec, self.dtype, name="self_attn")(
-            norm, positions, mask, write_at, lora_dropout
+        x = x + SelfAttention(self.spec, self.dtype, self.how, name="self_attn")(
+            norm, queries, keys, write_at, lora_dropout
         )
         norm = RMSNorm(self.spec.rms_norm_eps, self.dtype, name="post_attention_layernorm")(x)
         return x + MLP(self.spec, self.dtype, name="mlp")(norm, lora_dropout), None
@@ -164,12 +175,14 @@ class Decoder(nn.Module):
         remat: one of `REMAT_POLICIES`; what a layer keeps for its backward pass.
         dtype: of base, activations and cache (bfloat16, or float32 for tests and small models).
         activation_sharding: placement of the [B, T, D] residual stream, or None for the compiler's choice.
+        attention: how it attends.
     """
 
     spec: DecoderSpec
     remat: str = "full"
     dtype: Any = jnp.bfloat16
     activation_sharding: jax.sharding.Sharding | None = None
+    attention: Attention = Attention()
 
     @nn.compact
     def __call__(
@@ -201,9 +214,9 @@ class Decoder(nn.Module):
         )["embedding"]
         if not self.spec.tie_word_embeddings:
             self.param("lm_head", lambda key: {"embedding": self._table(key)})
-        if key_positions is None or key_segments is None:
-            key_positions, key_segments = positions, segments
-        mask = visible(positions, segments, key_positions, key_segments, self.spec.sliding_window)
+        queries, keys = Places(positions, segments), None
+        if key_positions is not None and key_segments is not None:
+            keys = Places(key_positions, key_segments)
         block = (
             Block
             if self.remat == "none"
@@ -215,9 +228,9 @@ class Decoder(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast,) * 4,  # pyright: ignore[reportArgumentType]  (Flax's annotation forgets it)
             length=self.spec.num_layers,
-        )(self.spec, self.dtype, self.activation_sharding, name="layers")
+        )(self.spec, self.dtype, self.activation_sharding, self.attention, name="layers")
         x = jnp.take(embedding, tokens, axis=0)
-        x, _ = layers(x, positions, mask, write_at, lora_dropout)
+        x, _ = layers(x, queries, keys, write_at, lora_dropout)
         return RMSNorm(self.spec.rms_norm_eps, self.dtype, name="norm")(x)
 
     def _table(self, key: Array) -> Float[Array, "V D"]:

@@ -135,6 +135,11 @@ def head_spread(placement: jax.sharding.Sharding | None, vocabulary: int) -> Spr
     )
 
 
+def attention_sharding(mesh: Mesh) -> NamedSharding:
+    """Queries, keys and values of an attention kernel [B, T, H, h]: rows as in the batch, heads as the kernels."""
+    return NamedSharding(mesh, PartitionSpec(ROWS, None, LOGICAL["heads"]))
+
+
 def cache_sharding(mesh: Mesh, num_kv_heads: int) -> NamedSharding:
     """Keys and values of a generation [L, B, K, ...]: rows as in the batch, heads as the kernels where they divide."""
     tensor = LOGICAL["heads"]

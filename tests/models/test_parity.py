@@ -128,7 +128,7 @@ def test_a_packed_row_equals_its_examples_alone(variant, tmp_path):
     np.testing.assert_allclose(packed[0, 8:15], alone[1, :7], atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "full", "offload"])
 def test_rematerialisation_changes_neither_values_nor_gradients(remat, tmp_path):
     make_model("qwen2, 2:1", tmp_path)
     _, params, spec = load(tmp_path)

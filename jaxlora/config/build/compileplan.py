@@ -134,7 +134,7 @@ def plan_of(config: Config, model: Model, state: Any, progress: Progress, search
     remarks: list[str] = []
     prompts, started = _prompts(config, model), time.monotonic()
     with progress.stage("compiling training, evaluation and generation"):
-        train, adapter, *others = memory.attempts(model, *memory.works(config, model, state, prompts))
+        config, (train, adapter, *others) = memory.settled(config, model, state, prompts, have, progress)
     made = {"training": train}
     largest = train.rows if have.holds(train.need) else None
     if not have.holds(train.need) or not have.holds(adapter.need):

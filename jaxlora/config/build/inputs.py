@@ -15,6 +15,7 @@ from jaxlora.core.tree import unflatten
 from jaxlora.data.batches import Batches, EvalBatches, Examples, prepare
 from jaxlora.data.chat import ChatEncoder, load_tokenizer
 from jaxlora.data.sources import Source, load_conversations, split_off_eval
+from jaxlora.models.attention import Attention
 from jaxlora.models.decoder import Decoder
 from jaxlora.models.spec import DecoderSpec
 from jaxlora.models.weights import ModelFiles, load_params, param_shapes, resolve_model
@@ -86,11 +87,16 @@ def model(config: Config, weights: bool = True, devices: Sequence[Any] | None = 
         weights: whether they have to be there.
         devices: of the mesh; None for those at hand.
     Raises:
-        InputError: no such model, one that the decoder cannot compute, a mesh that does not fit the devices, or rows
-            longer than the model's positions.
+        InputError: no such model, one that the decoder cannot compute, a mesh that does not fit the devices, rows
+            longer than the model's positions, or a model.remat that the devices do not have.
     """
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     mesh = make_mesh(sizes, jax.devices() if devices is None else devices)
+    if config.model.remat == "offload" and not offloads(mesh):
+        raise InputError(
+            "model.remat = 'offload' keeps what layers are given in the host's memory, which is a CPU's own: it would "
+            "save nothing here.\nSet --config.model.remat=full."
+        )
     found = find(config.model, mesh, weights)
     check_positions(config, found.spec.max_position_embeddings)
     check_rows("train.micro_batch_size", config.train.micro_batch_size, mesh)
@@ -102,17 +108,52 @@ def find(chosen: ModelConfig, mesh: Mesh, weights: bool = True) -> Model:
     """Finds a base and reads its config; loads no weights, and knows nothing of the rows it will be given.
 
     Raises:
-        InputError: no such model, or one that the decoder cannot compute.
+        InputError: no such model, one that the decoder cannot compute, or an attention that the devices cannot.
     """
     files = resolve_model(chosen.path, chosen.revision, weights=weights)
     spec = DecoderSpec.from_hf(files.config)
     decoder = Decoder(
         spec,
-        remat=chosen.remat,
+        remat="full" if chosen.remat == "auto" else chosen.remat,  # until `memory.fit` knows what fits
         dtype=jnp.dtype(chosen.dtype),
         activation_sharding=sharding.activation_sharding(mesh) if mesh.size > 1 else None,
+        attention=attention(chosen, spec, mesh),
     )
     return Model(files, spec, decoder, mesh)
+
+
+def offloads(mesh: Mesh) -> bool:
+    """Whether these devices have a memory of their own, beside the host's."""
+    return mesh.devices.flat[0].platform != "cpu"
+
+
+def attention(chosen: ModelConfig, spec: DecoderSpec, mesh: Mesh) -> Attention:
+    """How a base attends on these devices.
+
+    Raises:
+        InputError: model.attention is a kind that they, or this base, cannot be served with.
+    """
+    found = Attention(
+        chosen.attention,
+        attention_platform(mesh.devices.flat[0]),
+        sharding.attention_sharding(mesh) if mesh.size > 1 else None,
+    )
+    refusal = found.refusal(spec.head_dim, chosen.dtype)
+    if refusal:
+        raise InputError(
+            f"model.attention = {chosen.attention!r} {refusal}.\n"
+            "Set --config.model.attention=auto, which takes what the devices have."
+        )
+    return found
+
+
+def attention_platform(device: Any) -> str:
+    """ "cpu", "tpu", "gpu", or "cuda" for a GPU that cuDNN's flash attention runs on: compute capability 8 and up."""
+    try:
+        capability = float(getattr(device, "compute_capability", 0))
+    except ValueError:  # AMD's have names
+        capability = 0.0
+    return "cuda" if device.platform == "gpu" and capability >= 8 else device.platform
 
 
 def check_positions(config: Config, positions: int) -> None:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import jax
 
 from jaxlora.config.build import programs
-from jaxlora.config.build.inputs import HeldOut, Model
+from jaxlora.config.build.inputs import HeldOut, Model, offloads
 from jaxlora.config.build.programs import Programs
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import InputError
@@ -175,7 +175,7 @@ class Fitted:
     """What a run computes with; it fits.
 
     Attributes:
-        config: the run's, but for eval.batch_size, which is what fits.
+        config: the run's, but for eval.batch_size and a model.remat of "auto", which are what fits.
         programs: compiled.
         answers: with their own compiled program; None for none.
         needs: bytes on each device, by what is done.
@@ -233,7 +233,8 @@ def fit(
     """Compiles all that a run computes with, from shapes alone, and compares what it needs with what there is.
 
     Batches of evaluation and answers that do not fit are halved until they do, which changes nothing but speed, and
-    said. Batches of training are the person's: the largest that fits is looked for, and named.
+    said. Batches of training are the person's: the largest that fits is looked for, and named. Where model.remat is
+    "auto", training is compiled with one policy after the other, the fastest first, until one fits.
 
     Args:
         state: shapes of the train state.
@@ -242,7 +243,7 @@ def fit(
         InputError: training does not fit, or not even the smallest batch of something else.
     """
     have = capacity(config.mesh.memory_gb, model.mesh.devices.flat)
-    train, adapter, *others = attempts(model, *works(config, model, state, answers))
+    config, (train, adapter, *others) = settled(config, model, state, answers, have, progress)
     if not have.holds(train.need) or not have.holds(adapter.need):
         raise training_refused(config, model, train, adapter, have, progress)
     evaluation, *answering = [shrunk(config, model, attempt, have, progress.say) for attempt in others]
@@ -252,6 +253,44 @@ def fit(
     needs = {attempt.work.name: attempt.need or 0 for attempt in (train, evaluation, *answering)}
     fitting = _with(config, "eval", batch_size=evaluation.rows)
     return Fitted(fitting, Programs(*made), answers, needs, have)
+
+
+def settled(
+    config: Config,
+    model: Model,
+    state: TrainState,
+    answers: Answerer | None,
+    have: Capacity,
+    progress: Progress,
+) -> tuple[Config, list[Attempt]]:
+    """Compiles all that a run does, training with the first policy of model.remat that fits.
+
+    Returns:
+        The config with the policy that it came to, and what was compiled, in the order of `works`.
+    """
+    policy, *slower = _policies(config, model)
+    asked, config = config, _with(config, "model", remat=policy)
+    train, *others = attempts(model, *works(config, model, state, answers))
+    for policy in slower:
+        if have.holds(train.need):
+            break
+        progress.say(f"model.remat = '{config.model.remat}' would take {_need(train.need)}")
+        config = _with(config, "model", remat=policy)
+        with progress.stage(f"compiling training with model.remat = '{policy}'"):
+            (train,) = attempts(model, (_training(config, model, state), train.rows))
+    if asked.model.remat == "auto":
+        progress.say(
+            f"model.remat = 'auto' is '{config.model.remat}': training takes {_need(train.need)}, and a device has "
+            f"{told(have.size)} ({have.source})"
+        )
+    return config, [train, *others]
+
+
+def _policies(config: Config, model: Model) -> tuple[str, ...]:
+    """The values of model.remat to try, the fastest first."""
+    if config.model.remat != "auto":
+        return (config.model.remat,)
+    return ("none", "dots", "full", *(("offload",) if offloads(model.mesh) else ()))
 
 
 class FittedEvaluation(NamedTuple):
@@ -316,7 +355,7 @@ def shrunk(
         if rows == attempt.rows:
             raise InputError(
                 f"{attempt.work.name}: even {_rows(rows)} at once takes {_need(attempt.need)}, and a device has "
-                f"{told(have.size)} ({have.source}).\n{remedy(config, attempt.work)}"
+                f"{told(have.size)} ({have.source}).\n{remedy(config, model, attempt.work)}"
             )
         (attempt,) = attempts(model, (attempt.work, rows))
     if attempt is not asked:
@@ -372,10 +411,10 @@ def training_refused(
             best.rows,
         )
     even = f"{_rows(worst.rows)} at once takes {_need(worst.need)} still. " if worst else ""
-    return TrainingRefusedError(f"{said}{even}{remedy(config, train.work)}", None)
+    return TrainingRefusedError(f"{said}{even}{remedy(config, model, train.work)}", None)
 
 
-def remedy(config: Config, work: Work) -> str:
+def remedy(config: Config, model: Model, work: Work) -> str:
     """What helps where no smaller batch does."""
     helps = []
     if work.name == "answers":
@@ -383,8 +422,9 @@ def remedy(config: Config, work: Work) -> str:
             f"a smaller eval.max_new_tokens (it is {config.eval.max_new_tokens})",
             "--config.eval.generate=0",
         ]
-    if work.name == "training" and config.model.remat != "full":
-        helps.append("--config.model.remat=full")
+    if work.name == "training":
+        least = "offload" if offloads(model.mesh) else "full"
+        helps += [f"--config.model.remat={least}"] if config.model.remat != least else []
     if config.model.dtype != "bfloat16":
         helps.append("--config.model.dtype=bfloat16")
     if work.name != "answers":

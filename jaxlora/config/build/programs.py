@@ -195,9 +195,14 @@ def lora_shapes(model: Model, state: TrainState) -> dict[str, Any]:
 
 
 def lower_train(config: Config, model: Model, like: TrainState) -> jax.stages.Lowered:
-    """`step(state, base, batch) -> (state, sums)`, ready to be compiled; the state is donated."""
+    """`step(state, base, batch) -> (state, sums)`, ready to be compiled; the state is donated.
+
+    A model.remat that is not "auto" goes before the decoder's own.
+    """
     state, mesh, micro = _shapes(like), model.mesh, config.train.micro_batch_size
-    step = make_train_step(model.decoder, dropout=any(lora_spec(config).dropouts.values()))
+    remat = config.model.remat
+    decoder = model.decoder if remat == "auto" else model.decoder.clone(remat=remat)
+    step = make_train_step(decoder, dropout=any(lora_spec(config).dropouts.values()))
     placements = (jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, PartitionSpec()))
     batch = batch_shapes(config, mesh, config.train.batch_size // micro, micro)
     return jax.jit(step, donate_argnums=0, out_shardings=placements).lower(state, model.shapes(), batch)

@@ -1,0 +1,186 @@
+"""What attention takes in memory, by kind and length of a row, as the compiler says; no weights are needed:
+
+    python -m benchmarks.attention                        # for the devices at hand
+    python -m benchmarks.attention --topology v5e:2x4     # for one such TPU chip; needs libtpu, no TPU
+    python -m benchmarks.attention --run                  # runs one layer on the device at hand: errors and times
+
+Two programs, with Qwen2.5-0.5B's shapes and 8,192 tokens at once: one layer's attention and its gradient, and the train
+step (four layers of 24, since what a layer takes for a moment does not depend on their number; remat "full"). Prints a
+table and writes it, with versions, to benchmarks/results/attention-PLATFORM.json.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from benchmarks.memory import SPEC
+from jaxlora.config.build import programs
+from jaxlora.config.build.inputs import Model, attention_platform
+from jaxlora.config.schema import Config
+from jaxlora.models.attention import Attention, attention
+from jaxlora.models.decoder import Decoder
+from jaxlora.models.places import Places
+from jaxlora.parallel.mesh import make_mesh
+from jaxlora.runs.progress import Progress
+
+TOKENS = 8192
+LAYERS = 4
+RUNS = 10
+
+
+def layer(how: Attention, length: int, device: Any) -> jax.stages.Lowered:
+    """The gradient of one layer's attention over rows of so many tokens."""
+    rows, place = TOKENS // length, SingleDeviceSharding(device)
+    heads = [(SPEC.num_heads,), (SPEC.num_kv_heads,), (SPEC.num_kv_heads,)]
+    arrays = [
+        jax.ShapeDtypeStruct((rows, length, *each, SPEC.head_dim), jnp.bfloat16, sharding=place)
+        for each in heads
+    ]
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place)
+
+    def loss(q: Any, k: Any, v: Any, places: Places) -> Any:
+        return jnp.sum(attention(q, k, v, places, None, None, how))
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arrays, Places(ids, ids))
+
+
+def step(how: Attention, length: int, device: Any) -> jax.stages.Lowered:
+    """The train step of four layers."""
+    rows = TOKENS // length
+    config = Config.from_dict(
+        {
+            "model": {"path": "Qwen/Qwen2.5-0.5B-Instruct"},
+            "data": {"train": "none", "max_length": length},
+            "train": {"batch_size": 2 * rows, "micro_batch_size": rows},
+        }
+    )
+    spec = dataclasses.replace(SPEC, num_layers=LAYERS)
+    decoder = Decoder(spec, dtype=jnp.bfloat16, attention=how)
+    model = Model(None, spec, decoder, make_mesh((1, 1, 1), [device]))  # type: ignore[arg-type]
+    return programs.lower_train(config, model, programs.state_shapes(config, model, steps=1000))
+
+
+def temporaries(lowered: jax.stages.Lowered, model: Any) -> int | None:
+    """Bytes of a program's temporaries; None where the compiler finds no way to place it."""
+    (compiled,) = programs.compile_all(model, [lowered])
+    memory: Any = None if compiled is None else compiled.memory_analysis()
+    return None if memory is None else memory.temp_size_in_bytes
+
+
+def run(length: int, kinds: list[str], platform: str) -> None:
+    """Prints each kind's error against the float32 formula (of output, q, k and v; relative, root mean square), and ms.
+
+    Rows are two examples and an eighth of padding. The first row alone is compared, all are timed.
+    """
+    rng, rows = np.random.default_rng(0), TOKENS // length
+    heads = (SPEC.num_heads, SPEC.num_kv_heads, SPEC.num_kv_heads, SPEC.num_heads)
+    wide = [jnp.asarray(rng.normal(size=(rows, length, n, SPEC.head_dim)), jnp.float32) for n in heads]
+    lengths = (length // 2, length * 3 // 8, length - length // 2 - length * 3 // 8)
+    ids = [np.concatenate([np.full(n, i) for i, n in zip((1, 2, 0), lengths, strict=True)])]
+    ids.append(np.concatenate([np.arange(n) for n in lengths]))
+    segments, positions = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (rows, length)) for x in ids)
+
+    def results(how: Attention, arrays: list[Any], places: Places) -> Any:
+        def loss(q: Any, k: Any, v: Any) -> Any:
+            out = attention(q, k, v, places, None, None, how)
+            out = jnp.where((places.segments > 0)[:, :, None, None], out, 0.0)
+            return jnp.sum(out * arrays[3]), out
+
+        (_, out), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*arrays[:3])
+        return out, *gradients
+
+    compute = jax.jit(results, static_argnums=0)
+    first = Places(positions[:1], segments[:1])
+    exact = compute(Attention("plain", platform), [x[:1] for x in wide], first)
+    narrow = [x.astype(jnp.bfloat16) for x in wide]
+    for kind in kinds:
+        how = Attention(kind, platform)
+        found = compute(how, [x[:1] for x in narrow], first)
+        errors = [
+            float(jnp.sqrt(jnp.mean((x.astype(jnp.float32) - y) ** 2) / jnp.mean(y**2)))
+            for x, y in zip(found, exact, strict=True)
+        ]
+        places = Places(positions, segments)
+        jax.block_until_ready(compute(how, narrow, places))
+        began = time.perf_counter()
+        for _ in range(RUNS):
+            found = compute(how, narrow, places)
+        jax.block_until_ready(found)
+        spent = (time.perf_counter() - began) / RUNS
+        print(f"{length} {kind}: {1e3 * spent:.2f} ms, errors {', '.join(f'{e:.5f}' for e in errors)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--topology", help="of TPU chips, such as v5e:2x4; without it the devices at hand")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="of a row")
+    parser.add_argument("--programs", nargs="+", choices=("layer", "step"), default=["layer", "step"])
+    parser.add_argument("--run", action="store_true", help="run one layer instead, on the device at hand")
+    parser.add_argument("--out", type=Path, help="the JSON file")
+    arguments = parser.parse_args()
+    if arguments.topology:
+        from jax.experimental import topologies
+
+        os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        device: Any = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology).devices[
+            0
+        ]
+    else:
+        device = jax.devices()[0]
+    platform = attention_platform(device)
+    kinds = [
+        kind
+        for kind in ("plain", "blockwise", "splash", "cudnn")
+        if Attention(kind, platform).refusal(SPEC.head_dim, jnp.bfloat16) is None
+    ]
+    if arguments.run:
+        for length in arguments.lengths:
+            run(length, kinds, platform)
+        return
+    on_one = types.SimpleNamespace(mesh=make_mesh((1, 1, 1), [device]))
+    found: dict[str, dict[str, dict[str, int | None]]] = {}
+    with Progress(output=sys.stderr) as progress:
+        for name in arguments.programs:
+            for length in arguments.lengths:
+                for kind in kinds:
+                    with progress.stage(f"compiling the {name}, {kind}, rows of {length}"):
+                        how = Attention(kind, platform)
+                        size = temporaries({"layer": layer, "step": step}[name](how, length, device), on_one)
+                    found.setdefault(name, {}).setdefault(str(length), {})[kind] = size
+    print(f"temporaries in MB (1e6 bytes), {TOKENS:,} tokens at once, {device.device_kind}")
+    print(f"| program | row | {' | '.join(kinds)} |")
+    print("| --- " * (len(kinds) + 2) + "|")
+    for name, lengths in found.items():
+        for length, sizes in lengths.items():
+            shown = [f"{size / 1e6:,.0f}" if size is not None else "does not fit" for size in sizes.values()]
+            print(f"| {name} | {length} | {' | '.join(shown)} |")
+    out = arguments.out or Path(__file__).parent / "results" / f"attention-{platform}.json"
+    told = {
+        "command": f"python -m benchmarks.attention{' --topology ' + arguments.topology if arguments.topology else ''}"
+        f" --lengths {' '.join(map(str, arguments.lengths))} --programs {' '.join(arguments.programs)}",
+        "device": device.device_kind,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+        "tokens": TOKENS,
+        "temporaries": found,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(told, indent=2) + "\n")
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Attention by kernels that others keep: TPU splash attention (Pallas), and cuDNN's flash attention on NVIDIA GPUs.
+
+Both see whole rows whose keys are the queries' own. Examples are contiguous within a row and positions restart at each,
+so causal by index within a segment is causal by position, and the window likewise. Padding is a segment as any other to
+these kernels: it sees padding, nobody else sees it, and what comes out for it carries no loss.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jaxlora.models.blockwise import pad_time
+
+_LANES = 128  # of a TPU's vector registers: rows are cut into blocks of multiples of it
+_LARGEST_BLOCK = 512
+
+Kernel = Callable[..., Array]
+"""(q [B, T, H, h], k and v [B, T, K, h], segments [B, T]) -> [B, T, H, h]."""
+
+
+def splash(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B T K h"],
+    v: Float[Array, "B T K h"],
+    segments: Int[Array, "B T"],
+    window: int | None,
+    interpret: bool = False,
+) -> Float[Array, "B T H h"]:
+    """Softmax attention by the Pallas kernel in `jax.experimental.pallas.ops.tpu.splash_attention`.
+
+    Blocks that the causal or sliding mask forbids are not computed; memory is linear in T.
+
+    Args:
+        segments: example number within the row; 0 for padding.
+        window: sliding window in tokens, or None.
+        interpret: run the kernel's definition on any platform, for tests.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    time, heads, width = q.shape[1:]
+    block = min(_LARGEST_BLOCK, -(-time // _LANES) * _LANES)
+    q = (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)  # the kernel does not scale
+    q, k, v, segments = (pad_time(x, block) for x in (q, k, v, segments))
+    shape = (q.shape[1], q.shape[1])
+    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
+    sizes = kernels.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
+        block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+    kernel = kernels.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    rows: Any = jax.vmap(kernel)(
+        *(x.swapaxes(1, 2) for x in (q, k, v)), kernels.SegmentIds(segments, segments)
+    )
+    return rows.swapaxes(1, 2)[:, :time]
+
+
+def cudnn(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B T K h"],
+    v: Float[Array, "B T K h"],
+    segments: Int[Array, "B T"],
+    window: int | None,
+) -> Float[Array, "B T H h"]:
+    """Softmax attention by cuDNN's flash attention, through `jax.nn.dot_product_attention`.
+
+    That interface has no segments: they go in as a mask [B, 1, T, T], which cuDNN reads as a bias in q's dtype. It is
+    the one array that is not linear in T: 2 T^2 bytes a row, where float32 scores would take 4 H T^2.
+
+    Args:
+        segments: example number within the row; 0 for padding.
+        window: sliding window in tokens, or None.
+    """
+    time = q.shape[1]
+    q, k, v, segments = (pad_time(x, 2) for x in (q, k, v, segments))  # with a bias, T has to be even
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    out = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=same,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
+    return out[:, :time]
+
+
+def sharded(kernel: Kernel, placement: NamedSharding | None) -> Kernel:
+    """The kernel on each device's own rows and heads: the compiler cannot cut a kernel by itself.
+
+    Args:
+        kernel: computes whole rows.
+        placement: of q [B, T, H, h], rows and heads; None for one device.
+    """
+    if placement is None or placement.mesh.size == 1:
+        return kernel
+    mesh = placement.mesh
+    rows, _, heads, *_ = (*placement.spec, None, None, None)
+
+    def cut(q, k, v, segments):
+        shares = math.prod(
+            mesh.shape[axis] for axis in (heads if isinstance(heads, tuple) else (heads,)) if axis
+        )
+        copies = _copies(q.shape[2], k.shape[2], shares)
+        if copies is None:  # every device computes all heads of its rows
+            by_head = PartitionSpec(rows)
+        else:
+            by_head = PartitionSpec(rows, None, heads)
+            k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
+        return jax.shard_map(
+            kernel,
+            mesh=mesh,
+            in_specs=(by_head, by_head, by_head, PartitionSpec(rows)),
+            out_specs=by_head,
+            check_vma=False,  # a kernel does not say over which axes its result varies
+        )(q, k, v, segments)
+
+    return cut
+
+
+def _copies(heads: int, kv_heads: int, shares: int) -> int | None:
+    """How often key heads have to be repeated so that shares of them go with shares of the query heads; None: never."""
+    copies = shares // math.gcd(kv_heads, shares)
+    return copies if heads % (kv_heads * copies) == 0 else None
+
+
+def kernel(kind: str, window: int | None, placement: NamedSharding | None, interpret: bool) -> Kernel:
+    """The kernel of a kind ("splash" or "cudnn"), on as many devices as `placement` has."""
+    chosen = {
+        "splash": partial(splash, window=window, interpret=interpret),
+        "cudnn": partial(cudnn, window=window),
+    }
+    return sharded(chosen[kind], placement)

@@ -1,0 +1,251 @@
+"""Every way to compute attention gives the plain formula's values and gradients, and none but that one its memory."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxlora.models.attention import KERNEL_FROM, LONG, MASK_UP_TO, Attention, attention
+from jaxlora.models.blockwise import blockwise
+from jaxlora.models.decoder import Decoder
+from jaxlora.models.places import Places
+from jaxlora.models.spec import DecoderSpec
+from jaxlora.parallel.mesh import make_mesh
+from jaxlora.parallel.sharding import attention_sharding
+
+BLOCKWISE, SPLASH = Attention("blockwise"), Attention("splash", interpret=True)
+
+
+def packed(rows: int, time: int, *lengths: int) -> Places:
+    """Rows of several examples one after the other, each row shifted by one, and padding behind them."""
+    positions, segments = np.zeros((2, rows, time), np.int32)
+    for row in range(rows):
+        at = 0
+        for number, length in enumerate((lengths[0] + row, *lengths[1:]), start=1):
+            positions[row, at : at + length] = np.arange(length)
+            segments[row, at : at + length] = number
+            at += length
+        assert at <= time
+    return Places(jnp.asarray(positions), jnp.asarray(segments))
+
+
+def drawn(rows, time, heads, width, dtype=jnp.float32, keys=None):
+    """Random queries, keys and values, and a cotangent."""
+    rng = np.random.default_rng(0)
+    shapes = [(time, heads[0]), (keys or time, heads[1]), (keys or time, heads[1]), (time, heads[0])]
+    return [jnp.asarray(rng.normal(size=(rows, *shape, width)), dtype) for shape in shapes]
+
+
+def values_and_gradients(compute, arrays, places):
+    """What comes out for tokens that are not padding, and the gradients of a loss that those alone have a part in."""
+    *inputs, cotangent = arrays
+    real = (places.segments > 0)[:, :, None, None]
+
+    def loss(q, k, v):
+        out = jnp.where(real, compute(q, k, v), 0.0)
+        return jnp.sum(out * cotangent), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*inputs)
+    return {"out": out, **dict(zip("qkv", gradients, strict=True))}
+
+
+def assert_same(found, expected, tolerance):
+    for name, array in expected.items():
+        assert np.abs(array).max() > 0.1, name  # zeros would agree with anything that is masked
+        np.testing.assert_allclose(found[name], array, atol=tolerance, rtol=tolerance, err_msg=name)
+
+
+def plain_and(places, arrays, window, *others):
+    """The plain formula's values and gradients, and those of other ways."""
+    return [
+        values_and_gradients(
+            partial(attention, queries=places, keys=None, window=window, how=how), arrays, places
+        )
+        for how in (Attention("plain"), *others)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("heads", "window"),
+    [
+        ((4, 2), None),
+        ((3, 1), 137),
+        pytest.param((4, 2), 2, marks=pytest.mark.slow),
+        pytest.param((4, 2), 137, marks=pytest.mark.slow),
+        pytest.param((2, 2), None, marks=pytest.mark.slow),
+    ],
+)
+def test_values_and_gradients_are_the_plain_formulas(heads, window):
+    """Packed rows with padding, of a length that no block divides, several blocks long."""
+    places = packed(2, 600, 300, 3, 200)
+    plain, *others = plain_and(places, drawn(2, 600, heads, 6), window, BLOCKWISE, SPLASH)
+    for other in others:
+        assert_same(other, plain, 1e-5)
+
+
+@pytest.mark.parametrize(("block", "window"), [(16, None), (33, 9), (16, 40)])
+def test_blocks_of_any_size(block, window):
+    places = packed(3, 100, 41, 20, 17)
+    arrays = drawn(3, 100, (4, 2), 6)
+    (plain,) = plain_and(places, arrays, window)
+    other = values_and_gradients(
+        partial(blockwise, queries=places, keys=None, window=window, block=block), arrays, places
+    )
+    assert_same(other, plain, 1e-5)
+
+
+def test_keys_of_a_cache_in_blocks():
+    """Queries that are the last of the keys, in rows that begin with padding."""
+    time, keys, window = 20, 90, 30
+    padding = np.array([[0], [37]])
+    key_places, places = (
+        Places(jnp.asarray(np.maximum(p, 0), jnp.int32), jnp.asarray(p >= 0, jnp.int32))
+        for p in (np.arange(keys) - padding, np.arange(keys - time, keys) - padding)
+    )
+    arrays = drawn(2, time, (4, 2), 6, keys=keys)
+    run = partial(attention, how=Attention("plain"))
+    plain, other = (
+        values_and_gradients(partial(compute, queries=places, keys=key_places, window=window), arrays, places)
+        for compute in (run, partial(blockwise, block=16))
+    )
+    assert_same(other, plain, 1e-5)
+
+
+@pytest.mark.slow
+def test_bfloat16_is_as_close_as_the_plain_formula():
+    """All are bfloat16 products with float32 sums: none is much further from float32 than another."""
+    places = packed(2, 140, 80, 50)
+    wide = drawn(2, 140, (4, 2), 64)
+    narrow = [array.astype(jnp.bfloat16) for array in wide]
+    (exact,) = plain_and(places, wide, None)
+    plain, *others = (
+        {
+            name: float(jnp.sqrt(jnp.mean((found[name].astype(jnp.float32) - exact[name]) ** 2)))
+            for name in exact
+        }
+        for found in plain_and(places, narrow, None, BLOCKWISE, SPLASH)
+    )
+    for errors in others:
+        for name, error in plain.items():
+            assert 0 < errors[name] < 1.5 * error, (name, errors, plain)
+
+
+# ---- over devices ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "heads"),
+    [
+        ("splash", (2, 2, 2), (4, 2)),
+        ("blockwise", (2, 2, 2), (4, 2)),
+        pytest.param("splash", (1, 2, 4), (4, 2), marks=pytest.mark.slow),  # half a key head each
+        pytest.param("splash", (1, 4, 2), (3, 1), marks=pytest.mark.slow),  # heads that do not divide
+        pytest.param("splash", (8, 1, 1), (2, 1), marks=pytest.mark.slow),
+        pytest.param("blockwise", (1, 2, 4), (4, 2), marks=pytest.mark.slow),
+    ],
+)
+def test_eight_devices_compute_what_one_does(kind, sizes, heads):
+    mesh = make_mesh(sizes, jax.devices())
+    placement = attention_sharding(mesh)
+    places = packed(8, 130, 70, 40)
+    arrays = drawn(8, 130, heads, 6)
+    run = partial(attention, queries=places, keys=None, window=50)
+    alone = values_and_gradients(partial(run, how=Attention("plain")), arrays, places)
+    fits = [x.shape[2] % mesh.shape["tensor"] == 0 for x in arrays]
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    cut = [jax.device_put(x, placement if fit else rows) for x, fit in zip(arrays, fits, strict=True)]
+    run = partial(attention, queries=Places(*(jax.device_put(x, rows) for x in places)), keys=None, window=50)
+    how = Attention(kind, sharding=placement, interpret=True)
+    assert_same(values_and_gradients(partial(run, how=how), cut, places), alone, 1e-5)
+
+
+# ---- the decoder -----------------------------------------------------------------------------------------------------
+
+SPEC = DecoderSpec(
+    model_type="mistral", vocab_size=61, hidden_size=24, intermediate_size=32, num_layers=2, num_heads=4,
+    num_kv_heads=2, head_dim=6, rms_norm_eps=1e-6, rope_theta=100.0, qkv_bias=False, tie_word_embeddings=True,
+    sliding_window=20, max_position_embeddings=4096,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [BLOCKWISE, SPLASH], ids=lambda how: how.kind)
+def test_a_packed_row_equals_its_examples_alone(how):
+    decoder = Decoder(SPEC, dtype=jnp.float32, attention=how)
+    places = packed(1, 130, 70, 50)
+    tokens = jnp.asarray(np.random.default_rng(2).integers(0, 61, (1, 130)), jnp.int32)
+    params = jax.jit(decoder.init)(jax.random.key(0), tokens, *places)
+    params = jax.tree.map(lambda x: 10 * x, params)  # far enough from zero for neighbours to matter
+    apply = jax.jit(decoder.apply)
+    row = apply(params, tokens, *places)
+    for begin, end in ((0, 70), (70, 120)):
+        length = end - begin
+        alone = apply(
+            params, jnp.roll(tokens, -begin, axis=1), *packed(1, 130, length)
+        )  # what stands behind it is padding now
+        np.testing.assert_allclose(row[0, begin:end], alone[0, :length], atol=1e-5)
+    other = apply(params, tokens.at[0, 69].add(1), *places)
+    assert np.abs(row - other)[0, 69].max() > 1e-2
+    np.testing.assert_allclose(row[0, 70:120], other[0, 70:120], atol=1e-6)
+
+
+# ---- which, and refusals ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "time", "keys", "own", "kind"),
+    [
+        (Attention(), LONG - 1, LONG - 1, True, "plain"),
+        (Attention(), LONG, LONG, True, "blockwise"),
+        (Attention(platform="gpu"), LONG, LONG, True, "blockwise"),
+        (Attention(platform="tpu"), KERNEL_FROM - 1, KERNEL_FROM - 1, True, "plain"),
+        (Attention(platform="tpu"), KERNEL_FROM, KERNEL_FROM, True, "splash"),
+        (Attention(platform="cuda"), MASK_UP_TO, MASK_UP_TO, True, "cudnn"),
+        (Attention(platform="cuda"), MASK_UP_TO + 1, MASK_UP_TO + 1, True, "blockwise"),
+        (Attention(platform="tpu"), 1, 32_768, False, "plain"),
+        (Attention(platform="tpu"), 256, 32_768, False, "blockwise"),
+        (Attention("splash", "tpu"), 256, 1024, False, "plain"),
+        (Attention("blockwise"), 1, 1024, False, "plain"),
+        (Attention("plain"), 256, 32_768, False, "plain"),
+        (Attention("plain", "tpu"), 8192, 8192, True, "plain"),
+    ],
+)
+def test_the_kind_goes_by_platform_and_length(how, time, keys, own, kind):
+    assert how.chosen(time, keys, own, 64, "bfloat16") == kind
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float32"), (20, "bfloat16"), (256, "bfloat16")])
+def test_cudnn_is_not_chosen_for_what_it_cannot_serve(head_dim, dtype):
+    assert Attention(platform="cuda").chosen(1024, 1024, True, head_dim, dtype) == "plain"
+    assert Attention("cudnn", "cuda").refusal(head_dim, dtype)
+    assert Attention("cudnn", "cuda").refusal(64, "bfloat16") is None
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def compiled(kind: str, time: int):
+    """The gradient of one layer's attention, compiled from shapes."""
+    shape = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    q, k, v = shape((1, time, 4, 64)), shape((1, time, 2, 64)), shape((1, time, 2, 64))
+    ids = jax.ShapeDtypeStruct((1, time), jnp.int32)
+
+    def loss(q, k, v, places):
+        return jnp.sum(attention(q, k, v, places, None, None, Attention(kind)))
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, Places(ids, ids)).compile()
+
+
+def test_memory_of_blocks_is_linear_in_the_length_of_a_row():
+    sizes = {time: compiled("blockwise", time) for time in (1024, 2048, 4096)}
+    memory = [program.memory_analysis().temp_size_in_bytes for program in sizes.values()]
+    assert memory[1] < 2.1 * memory[0]
+    assert memory[2] < 2.1 * memory[1]
+    square = re.compile(r"\[(\d+,)*4096,4096(,\d+)*\]")
+    assert not square.search(sizes[4096].as_text())
+    plain = compiled("plain", 4096)
+    assert square.search(plain.as_text())
+    assert plain.memory_analysis().temp_size_in_bytes > 5 * memory[2]

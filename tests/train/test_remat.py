@@ -1,0 +1,123 @@
+"""model.remat = auto is the fastest policy that fits; offload is refused where there is nothing to offload to."""
+
+import types
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlora.config.build import inputs, memory, programs
+from jaxlora.config.schema import Config
+from jaxlora.core.errors import InputError
+from jaxlora.parallel.capacity import Capacity
+from jaxlora.parallel.mesh import make_mesh
+from jaxlora.runs.progress import Progress
+from tests.train.test_memory import Lowered
+
+TAKES = {"none": 4_000, "dots": 3_000, "full": 2_000, "offload": 1_000}
+"""Bytes of eight rows of training; half as many rows take half."""
+
+
+@pytest.fixture
+def fit(monkeypatch):
+    """fit(size, platform) fits a run with model.remat = auto into so many bytes; tells what was compiled too."""
+
+    def fit(size: int, platform: str, remat: str = "auto") -> tuple[memory.Fitted, list[str]]:
+        config = Config.from_dict(
+            {
+                "model": {"path": "x", "remat": remat},
+                "data": {"train": "x"},
+                "train": {"batch_size": 8, "micro_batch_size": 8},
+                "eval": {"batch_size": 1},
+            }
+        )
+        mesh = make_mesh((1, 1, 1), jax.devices()[:1])
+        model: Any = types.SimpleNamespace(mesh=mesh, shapes=dict)
+        nothing = jax.ShapeDtypeStruct(
+            (0,), np.int8, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        )
+        tried: list[str] = []
+
+        def lower_train(config: Config, *_: Any) -> Lowered:
+            tried.append(config.model.remat)
+            return Lowered(TAKES[config.model.remat] * config.train.micro_batch_size // 8, 0, 10**9)
+
+        patches = {
+            "lora_shapes": lambda *_: {},
+            "lower_effective": lambda *_: Lowered(0, 0, 10**9),
+            "lower_train": lower_train,
+            "lower_evaluation": lambda *_: Lowered(0, 0, 10**9),
+            "batch_shapes": lambda *_: nothing,
+        }
+        for name, patch in patches.items():
+            monkeypatch.setattr(programs, name, patch)
+        monkeypatch.setattr(memory, "offloads", lambda mesh: platform != "cpu")
+        monkeypatch.setattr(memory, "capacity", lambda *_: Capacity(size, "said"))
+        with Progress() as progress:
+            return memory.fit(config, model, nothing, None, progress), tried  # pyright: ignore
+
+    return fit
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("policy", TAKES)
+def test_auto_is_the_fastest_policy_that_fits(fit, capsys, policy, platform):
+    if policy == "offload" and platform == "cpu":
+        with pytest.raises(InputError, match=r"set --config.train.micro_batch_size=4"):
+            fit(TAKES[policy], platform)
+        return
+    found, tried = fit(TAKES[policy], platform)
+    assert tried == list(TAKES)[: list(TAKES).index(policy) + 1]
+    assert found.config.model.remat == policy
+    assert found.needs["training"] == TAKES[policy]
+    assert found.programs.train == Lowered(TAKES[policy], 0, 10**9)
+    assert f"model.remat = 'auto' is '{policy}': training takes " in capsys.readouterr().out
+
+
+def test_a_policy_that_was_asked_for_is_not_changed(fit, capsys):
+    found, tried = fit(10**6, "tpu", "full")
+    assert (found.config.model.remat, tried) == ("full", ["full"])
+    assert "auto" not in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_told_what_would_save_memory(fit):
+    with pytest.raises(InputError, match=r"What helps: --config.model.remat=offload, "):
+        fit(1, "tpu", "full")
+    with pytest.raises(InputError, match=r"What helps: --config.model.remat=full, "):
+        fit(1, "cpu", "dots")
+    with pytest.raises(InputError, match=r"What helps: a shorter data.max_length"):
+        fit(1, "cpu", "auto")
+
+
+def test_offload_is_refused_where_the_hosts_memory_is_the_devices_own():
+    config = Config.from_dict({"model": {"path": "x", "remat": "offload"}, "data": {"train": "x"}})
+    with pytest.raises(InputError, match=r"model.remat = 'offload' .*\nSet --config.model.remat=full"):
+        inputs.model(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("splash", "needs a TPU, and this runs on a cpu"),
+        ("cudnn", "needs an NVIDIA GPU .*, and this runs on a cpu"),
+    ],
+)
+def test_attention_that_the_devices_do_not_have_is_refused(kind, said):
+    config = Config.from_dict({"model": {"path": "x", "attention": kind}, "data": {"train": "x"}})
+    spec: Any = types.SimpleNamespace(head_dim=64)
+    mesh = make_mesh((1, 1, 1), jax.devices()[:1])
+    with pytest.raises(InputError, match=f"model.attention = '{kind}' {said}") as refused:
+        inputs.attention(config.model, spec, mesh)
+    assert "--config.model.attention=auto" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "told"),
+    [("gpu", "9.0", "cuda"), ("gpu", "7.5", "gpu"), ("gpu", "gfx90a", "gpu"), ("tpu", None, "tpu")],
+)
+def test_cudnn_is_for_gpus_that_have_its_kernels(platform, capability, told):
+    device = types.SimpleNamespace(platform=platform)
+    if capability:
+        device.compute_capability = capability
+    assert inputs.attention_platform(device) == told
