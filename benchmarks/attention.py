@@ -151,7 +151,7 @@ def main() -> None:
         for length in arguments.lengths:
             run(length, kinds, platform)
         return
-    on_one = types.SimpleNamespace(mesh=make_mesh((1, 1, 1), [device]))
+    on_one: Any = types.SimpleNamespace(mesh=make_mesh((1, 1, 1), [device]))
     found: dict[str, dict[str, dict[str, int | None]]] = {}
     with Progress(output=sys.stderr) as progress:
         for name in arguments.programs:
