@@ -104,7 +104,7 @@ def planned(case: Case, config: Config, progress: Progress, search: bool) -> dic
 
 def train_step(case: Case, config: Config, progress: Progress, search: bool) -> dict[str, Any]:
     """The train step alone: time of compilation (CPU seconds of all threads too), bytes of memory, bytes sent."""
-    from jaxlora.config.build import inputs, memory, programs
+    from jaxlora.config.build import inputs, programs, works
     from jaxlora.parallel.collectives import collectives, totals
 
     model = inputs.model(config, weights=False, devices=topology.devices(case.topology))
@@ -117,7 +117,7 @@ def train_step(case: Case, config: Config, progress: Progress, search: bool) -> 
     if compiled is not None:
         hlo = compiled.as_text() or ""
         found |= {
-            "needed": memory.needed(compiled),
+            "needed": works.needed(compiled),
             "hlo_lines": hlo.count("\n"),
             "collectives": totals(collectives(hlo)),
         }

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora.config.build import memory, programs
+from jaxlora.config.build import memory, programs, works
 from jaxlora.config.build.inputs import Model
 from jaxlora.config.schema import Config
 from jaxlora.data.chat import ChatEncoder
@@ -102,7 +102,7 @@ def _bytes(program: Any) -> dict[str, int]:
     found = program.memory_analysis()
     kinds = {"arguments": "argument", "outputs": "output", "temporaries": "temp", "aliased": "alias"}
     parts = {name: getattr(found, f"{kind}_size_in_bytes") for name, kind in kinds.items()}
-    return parts | {"in_all": memory.needed(program)}
+    return parts | {"in_all": works.needed(program)}
 
 
 def _with_all(need: int | None) -> dict[str, int]:

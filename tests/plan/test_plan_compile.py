@@ -10,7 +10,7 @@ import sys
 import jax
 import pytest
 
-from jaxlora.config.build import dataplan, inputs, memory, programs
+from jaxlora.config.build import dataplan, inputs, programs, works
 from jaxlora.config.load import load_config
 from jaxlora.core.errors import InputError
 from jaxlora.parallel import chips, topology
@@ -61,8 +61,8 @@ def test_a_config_json_is_enough_and_the_numbers_are_the_compilers(compiled, fol
     )
     model = inputs.model(config, weights=False, devices=jax.devices()[:2])
     state = programs.state_shapes(config, model, steps=10)
-    assert found["parameters"] == memory.size_on_device(model.shapes())
-    assert found["trained"] == memory.size_on_device(state.adapter)
+    assert found["parameters"] == works.size_on_device(model.shapes())
+    assert found["trained"] == works.size_on_device(state.adapter)
     # Adam's two moments, and its counter
     assert 2 * found["trained"] <= found["optimizer"] <= 2 * found["trained"] + 64
     (train,) = programs.compile_all(model, [programs.lower_train(config, model, state)])
@@ -70,8 +70,8 @@ def test_a_config_json_is_enough_and_the_numbers_are_the_compilers(compiled, fol
     sizes, told = train.memory_analysis(), found["programs"]["training"]
     assert told["arguments"] == sizes.argument_size_in_bytes
     assert told["temporaries"] == sizes.temp_size_in_bytes
-    batches = memory.size_on_device(programs.batch_shapes(config, model.mesh, 2, 2))
-    assert told["peak"] == memory.needed(train) + 2 * batches
+    batches = works.size_on_device(programs.batch_shapes(config, model.mesh, 2, 2))
+    assert told["peak"] == works.needed(train) + 2 * batches
     assert told["collectives"]["all-gather"] > 0
     assert found["programs"]["generation"]["rows"] == 2
     assert found["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlora.config.build import dataplan, inputs, memory, programs
+from jaxlora.config.build import dataplan, inputs, memory, programs, works
 from jaxlora.config.build.inputs import Model
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import InputError
@@ -171,9 +171,9 @@ def plan_of(config: Config, model: Model, state: Any, progress: Progress, search
         devices=model.mesh.size,
         mesh=dict(model.mesh.shape),
         capacity=have,
-        parameters=memory.size_on_device(model.shapes()),
-        trained=memory.size_on_device(state.adapter),
-        optimizer=memory.size_on_device(state.moments),
+        parameters=works.size_on_device(model.shapes()),
+        trained=works.size_on_device(state.adapter),
+        optimizer=works.size_on_device(state.moments),
         programs=found,
         flops=flops.training(spec, settings.ranks, rows, length, config.model.remat),
         tokens=rows * length,
@@ -198,7 +198,7 @@ def _prompts(config: Config, model: Model) -> Prompts:
     return Prompts(AnswerProgram(model.decoder, model.mesh, bucket(length), new), config.eval.batch_size)
 
 
-def _program(attempt: memory.Attempt, counted: bool) -> Program:
+def _program(attempt: works.Attempt, counted: bool) -> Program:
     compiled = attempt.programs[0]
     found: Any = compiled.memory_analysis()
     return Program(

@@ -1,29 +1,23 @@
-"""Whether a run fits its devices: what its compiled programs need, beside what there is, before the first step.
-
-What a program needs is what its compiler says, on each device: arguments + outputs + temporaries, less the outputs that
-take an argument's place. The base and all that the program is given are among its arguments. To that comes what lives
-on the device meanwhile without being an argument (see `_beside`):
-
-    training    the two batches after the one that is computed: one that waits for its turn, one being placed
-    adapter     (making it readable for the decoder) the next training batch
-    evaluation  the train state, the next training batch, one more eval batch, and one batch's losses being summed
-    answers     the train state, the next training batch, and the answers of the batch before
-
-Not counted: what the first state took to make, what the allocator loses between blocks, and, where devices share the
-machine's memory, Python and the data.
-"""
+"""Whether a run fits its devices: what its works need (see `works`), beside what there is, before the first step."""
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-import jax
-
-from jaxlora.config.build import programs
 from jaxlora.config.build.inputs import HeldOut, Model, offloads
 from jaxlora.config.build.programs import Programs
+from jaxlora.config.build.works import (
+    Answerer,
+    Attempt,
+    Work,
+    answering,
+    attempts,
+    changed,
+    evaluation,
+    training,
+    works,
+)
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import InputError
 from jaxlora.data.batches import EvalBatches
@@ -34,140 +28,6 @@ from jaxlora.training.answers import Answers
 from jaxlora.training.state import TrainState
 
 Laid = TypeVar("Laid", bound=HeldOut)
-
-
-class Answerer(Protocol):
-    """Something that answers prompts in batches: `Answers`, or a stand-in for prompts that are not known yet."""
-
-    @property
-    def batch_size(self) -> int: ...
-
-    def lower(
-        self, lora: Mapping[str, Any], base: Mapping[str, Any], batch_size: int
-    ) -> jax.stages.Lowered: ...
-
-
-# ---- what is needed ----------------------------------------------------------------------------------------------
-
-
-def needed(compiled: jax.stages.Compiled) -> int:
-    """Bytes that a program holds on each device while it runs, as its compiler says."""
-    memory: Any = compiled.memory_analysis()
-    if memory is None:  # a backend that does not say
-        return 0
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    return held + memory.generated_code_size_in_bytes - memory.alias_size_in_bytes
-
-
-def size_on_device(tree: Any) -> int:
-    """Bytes of placed arrays, or of their shapes, on each device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
-
-
-def _output(compiled: jax.stages.Compiled) -> int:
-    memory: Any = compiled.memory_analysis()
-    return 0 if memory is None else memory.output_size_in_bytes
-
-
-class Part(NamedTuple):
-    """A program, and the bytes that live beside it on each device."""
-
-    program: jax.stages.Lowered
-    beside: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """Something that is done in batches.
-
-    Attributes:
-        name: for a person.
-        lower: rows of a batch -> its programs.
-        outputs: how many more batches' outputs live while one is computed.
-    """
-
-    name: str
-    lower: Callable[[int], list[Part]]
-    outputs: int = 0
-
-
-class Attempt(NamedTuple):
-    """A work's programs, compiled for one size of batch.
-
-    Attributes:
-        work, rows: what it was for.
-        programs: compiled; None where the compiler ran out of memory.
-        need: bytes on each device for the one that needs the most; None where the compiler ran out.
-    """
-
-    work: Work
-    rows: int
-    programs: list[Any]
-    need: int | None
-
-
-def attempts(model: Model, *wanted: tuple[Work, int]) -> list[Attempt]:
-    """Compiles works for so many rows each, all at once."""
-    parts = [work.lower(rows) for work, rows in wanted]
-    compiled = iter(programs.compile_all(model, [part.program for each in parts for part in each]))
-    made_of = []
-    for (work, rows), each in zip(wanted, parts, strict=True):
-        made, needs = [next(compiled) for _ in each], []
-        for program, part in zip(made, each, strict=True):
-            if program is not None:
-                needs.append(needed(program) + part.beside + work.outputs * _output(program))
-        made_of.append(Attempt(work, rows, made, max(needs) if len(needs) == len(made) else None))
-    return made_of
-
-
-def _training(config: Config, model: Model, state: TrainState) -> Work:
-    def lower(rows: int) -> list[Part]:
-        changed = _with(config, "train", micro_batch_size=rows)
-        return [Part(programs.lower_train(changed, model, state), 2 * _train_batch(config, model))]
-
-    return Work("training", lower)
-
-
-def _evaluation(config: Config, model: Model, loras: Sequence[Mapping[str, Any]], beside: int) -> Work:
-    def lower(rows: int) -> list[Part]:
-        changed = _with(config, "eval", batch_size=rows)
-        batch = size_on_device(programs.batch_shapes(changed, model.mesh, rows))
-        return [
-            Part(programs.lower_evaluation(changed, model, lora), beside + others + batch)
-            for lora, others in _each(loras)
-        ]
-
-    return Work("evaluation", lower, outputs=1)
-
-
-def _answering(answers: Answerer, model: Model, loras: Sequence[Mapping[str, Any]], beside: int) -> Work:
-    def lower(rows: int) -> list[Part]:
-        return [
-            Part(answers.lower(lora, model.shapes(), rows), beside + others) for lora, others in _each(loras)
-        ]
-
-    return Work("answers", lower, outputs=1)
-
-
-def _each(loras: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], int]]:
-    """Each adapter, with the size of the others."""
-    sizes = [size_on_device(lora) for lora in loras]
-    return [(lora, sum(sizes) - size) for lora, size in zip(loras, sizes, strict=True)]
-
-
-def _train_batch(config: Config, model: Model) -> int:
-    micro = config.train.micro_batch_size
-    return size_on_device(programs.batch_shapes(config, model.mesh, config.train.batch_size // micro, micro))
-
-
-def _with(config: Config, section: str, **values: Any) -> Config:
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
-
-
-# ---- does it fit -------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,28 +65,6 @@ class TrainingRefusedError(InputError):
         self.rows = rows
 
 
-def works(
-    config: Config, model: Model, state: TrainState, answers: Answerer | None
-) -> list[tuple[Work, int]]:
-    """What a run does, each with the rows that it asks for: training, making the adapter readable, evaluation, answers.
-
-    Args:
-        state: shapes of the train state.
-        answers: the prompts to answer, if any.
-    """
-    lora, beside = programs.lora_shapes(model, state), _train_batch(config, model)
-    adapter = Work("the adapter", lambda _: [Part(programs.lower_effective(model, state, lora), beside)])
-    beside_evaluation = beside + size_on_device(state)
-    wanted = [
-        (_training(config, model, state), config.train.micro_batch_size),
-        (adapter, 1),
-        (_evaluation(config, model, [lora], beside_evaluation), config.eval.batch_size),
-    ]
-    if answers is not None:
-        wanted.append((_answering(answers, model, [lora], beside_evaluation), answers.batch_size))
-    return wanted
-
-
 def fit(
     config: Config, model: Model, state: TrainState, answers: Answers | None, progress: Progress
 ) -> Fitted:
@@ -251,7 +89,7 @@ def fit(
     if answers is not None:
         answers = answers.compiled(answering[0].programs[0], answering[0].rows)
     needs = {attempt.work.name: attempt.need or 0 for attempt in (train, evaluation, *answering)}
-    fitting = _with(config, "eval", batch_size=evaluation.rows)
+    fitting = changed(config, "eval", batch_size=evaluation.rows)
     return Fitted(fitting, Programs(*made), answers, needs, have)
 
 
@@ -269,15 +107,15 @@ def settled(
         The config with the policy that it came to, and what was compiled, in the order of `works`.
     """
     policy, *slower = _policies(config, model)
-    asked, config = config, _with(config, "model", remat=policy)
+    asked, config = config, changed(config, "model", remat=policy)
     train, *others = attempts(model, *works(config, model, state, answers))
     for policy in slower:
         if have.holds(train.need):
             break
         progress.say(f"model.remat = '{config.model.remat}' would take {_need(train.need)}")
-        config = _with(config, "model", remat=policy)
+        config = changed(config, "model", remat=policy)
         with progress.stage(f"compiling training with model.remat = '{policy}'"):
-            (train,) = attempts(model, (_training(config, model, state), train.rows))
+            (train,) = attempts(model, (training(config, model, state), train.rows))
     if asked.model.remat == "auto":
         progress.say(
             f"model.remat = 'auto' is '{config.model.remat}': training takes {_need(train.need)}, and a device has "
@@ -324,25 +162,25 @@ def fit_evaluation(
         InputError: not even the smallest batch fits.
     """
     have = capacity(config.mesh.memory_gb, model.mesh.devices.flat)
-    wanted = [(_evaluation(config, model, loras, 0), config.eval.batch_size)]
+    wanted = [(evaluation(config, model, loras, 0), config.eval.batch_size)]
     if answers is not None:
-        wanted.append((_answering(answers, model, loras, 0), answers.batch_size))
+        wanted.append((answering(answers, model, loras, 0), answers.batch_size))
     fitting = [shrunk(config, model, attempt, have, say) for attempt in attempts(model, *wanted)]
-    answering: list[Answers | None] = [None] * len(loras)
+    compiled: list[Answers | None] = [None] * len(loras)
     if answers is not None:
-        answering = [answers.compiled(program, fitting[1].rows) for program in fitting[1].programs]
-    return FittedEvaluation(fitting[0].programs, answering, fitting[0].rows)
+        compiled = [answers.compiled(program, fitting[1].rows) for program in fitting[1].programs]
+    return FittedEvaluation(fitting[0].programs, compiled, fitting[0].rows)
 
 
 def with_eval_rows(data: Laid, rows: int) -> Laid:
     """The same rows of held-out data in batches of another size."""
-    changed = {}
+    other = {}
     for field in dataclasses.fields(data):
         batches = getattr(data, field.name)
         if isinstance(batches, EvalBatches):
-            changed[field.name] = copy.copy(batches)
-            changed[field.name].batch_size = rows
-    return dataclasses.replace(data, **changed)
+            other[field.name] = copy.copy(batches)
+            other[field.name].batch_size = rows
+    return dataclasses.replace(data, **other)
 
 
 def shrunk(
