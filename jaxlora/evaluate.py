@@ -145,12 +145,20 @@ def _config(chosen: Chosen, arguments: Namespace) -> Config:
         {"model": {"path": chosen.model}, "data": {"train": arguments.data, "max_length": DEFAULT_MAX_LENGTH}}
     )
     data, eval = config.data, config.eval
+    # A run's kernels may be those of another platform; auto takes them where they are.
+    attention = config.model.attention if config.model.attention in ("plain", "blockwise") else "auto"
     if arguments.data:  # what the run does with its own data says nothing about other data
         data = replace(data, eval=tuple(arguments.data), eval_split=arguments.split or "")
         eval = replace(eval, max_examples=0, generate=0)
     return replace(
         config,
-        model=replace(config.model, path=chosen.model, revision=chosen.revision, dtype=chosen.dtype),
+        model=replace(
+            config.model,
+            path=chosen.model,
+            revision=chosen.revision,
+            dtype=chosen.dtype,
+            attention=attention,
+        ),
         data=replace(
             data,
             max_length=given("max_length", data.max_length),
