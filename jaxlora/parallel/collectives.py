@@ -31,6 +31,8 @@ _CALLED = re.compile(
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"\bcondition=%?([\w.-]+)")
 _CONSTANT = re.compile(r"= [su]\d+\[\]\S* constant\((\d+)\)")
+_ELEMENT = re.compile(r"= [su]\d+\[\]\S* get-tuple-element\(.*index=(\d+)")
+_BODY = re.compile(r"\bbody=%?([\w.-]+)")
 _STARTS = re.compile(r" custom-call\(%?([\w.-]+)\).*AsyncCollectiveStart")
 _NO_TRIPS = 1  # of a loop whose end depends on data
 
@@ -134,7 +136,25 @@ def _trip_count(line: str, condition: str, bodies: Mapping[str, list[str]]) -> i
                     seen.add(name)
                     lines.extend(bodies.get(name, ()))
     constants = {int(match[1]) for inner in lines if (match := _CONSTANT.search(inner))}
-    return constants.pop() if len(constants) == 1 else _NO_TRIPS
+    if len(constants) != 1:
+        return _NO_TRIPS
+    return math.ceil(constants.pop() / _stride(line, condition, bodies))
+
+
+def _stride(line: str, condition: str, bodies: Mapping[str, list[str]]) -> int:
+    """By how much a loop's counter grows in a turn: 2 where the compiler wrote two turns into one, as TPUs' do."""
+    index = next((int(m[1]) for inner in bodies.get(condition, ()) if (m := _ELEMENT.search(inner))), None)
+    body = bodies.get(match[1], []) if (match := _BODY.search(line)) else []
+    root = next((inner for inner in body if inner.lstrip().startswith("ROOT") and " tuple(" in inner), "")
+    handed_on = re.findall(r"%([\w.-]+)", root.partition(" tuple(")[2].partition(")")[0])
+    if index is None or index >= len(handed_on):
+        return 1
+    by_name = {match[1]: match[2] for inner in body if (match := _INSTRUCTION.match(inner))}
+    grown = re.search(r" add\(([^)]*)\)", by_name.get(handed_on[index], ""))
+    for name in re.findall(r"%([\w.-]+)", grown[1]) if grown else ():
+        if step := _CONSTANT.search(f"= {by_name.get(name, '')}"):
+            return max(1, int(step[1]))
+    return 1
 
 
 def _collective(line: str, match: re.Match[str], times: int, loops: int) -> Collective:
