@@ -12,7 +12,7 @@ import pytest
 from jaxlora.config.load import CommandParser, add_config_argument, load_config, parse_arguments
 
 QUICKSTART = "pip install -r requirements.txt && python -m jaxlora.train --config configs/quickstart.py"
-TESTS = "pip install -r requirements-test.txt && python -m pytest"
+TESTS = "pip install -r requirements-test.txt && python -m pytest -n 2 --dist loadfile"
 
 
 def commands(repository) -> list[list[str]]:
