@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # All of this has to be set before jax, transformers or datasets are imported, and holds for child processes too.
 _CACHES = tempfile.mkdtemp(prefix="jaxlora-tests-")
@@ -78,12 +79,13 @@ def smollm2(real, request) -> Path:
     if given:
         return Path(given)
     folder = Path(request.config.cache.mkdir("smollm2"))
-    if not (folder / "complete").is_file():
-        command = [sys.executable, str(real / "make_smollm2.py"), str(folder)]
-        built = subprocess.run(command, capture_output=True, text=True, check=False)
-        if built.returncode:
-            pytest.skip(f"SmolLM2 could not be built: {built.stderr.strip().splitlines()[-1]}")
-        (folder / "complete").touch()
+    with FileLock(folder / ".lock"):  # tests run in several workers
+        if not (folder / "complete").is_file():
+            command = [sys.executable, str(real / "make_smollm2.py"), str(folder)]
+            built = subprocess.run(command, capture_output=True, text=True, check=False)
+            if built.returncode:
+                pytest.skip(f"SmolLM2 could not be built: {built.stderr.strip().splitlines()[-1]}")
+            (folder / "complete").touch()
     return folder
 
 
