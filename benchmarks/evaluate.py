@@ -64,19 +64,24 @@ def examples(vocabulary: int, rows: int) -> Examples:
     )
 
 
-def measure(vocabulary: int, batches: int, rounds: int) -> dict[str, Any]:
-    """Both sides in turn; seconds of each round."""
+def random_base(spec: DecoderSpec) -> dict[str, Any]:
+    """Random bfloat16 weights of that shape; norms of one."""
     draw = np.random.default_rng(0)
-    decoder = Decoder(spec(vocabulary), remat="full", dtype=jnp.dtype(jnp.bfloat16))
-    base = unflatten(
+    return unflatten(
         {
             path: jnp.asarray(
                 np.ones(shape) if path[-1] == "scale" else 0.02 * draw.standard_normal(shape, np.float32),
                 jnp.bfloat16,
             )
-            for path, shape in param_shapes(decoder.spec).items()
+            for path, shape in param_shapes(spec).items()
         }
     )
+
+
+def measure(vocabulary: int, batches: int, rounds: int) -> dict[str, Any]:
+    """Both sides in turn; seconds of each round."""
+    decoder = Decoder(spec(vocabulary), remat="full", dtype=jnp.dtype(jnp.bfloat16))
+    base = random_base(decoder.spec)
     data = EvalBatches(examples(vocabulary, batches * ROWS), ROWS, LENGTH)
     options = compiler_options(jax.devices()[0].platform)
 

@@ -19,33 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.evaluate import random_base
 from benchmarks.memory import SPEC
 from jaxlora.config.build import programs
 from jaxlora.config.build.inputs import Model, attention_platform
 from jaxlora.config.schema import Config
-from jaxlora.core.tree import unflatten
 from jaxlora.models.attention import Attention
 from jaxlora.models.decoder import Decoder
-from jaxlora.models.weights import param_shapes
 from jaxlora.parallel.mesh import make_mesh
 
 SHAPES = ((8, 1024), (2, 4096))
 KINDS = (("plain", "full"), ("blockwise", "full"), ("splash", "full"), ("cudnn", "full"), ("cudnn", "dots"))
 STEPS = 10
-
-
-def random_base() -> dict[str, Any]:
-    """Weights of the shape, drawn on the host."""
-    draw = np.random.default_rng(0)
-    return unflatten(
-        {
-            path: jnp.asarray(
-                np.ones(shape) if path[-1] == "scale" else 0.02 * draw.standard_normal(shape, np.float32),
-                jnp.bfloat16,
-            )
-            for path, shape in param_shapes(SPEC).items()
-        }
-    )
 
 
 def batch(rows: int, length: int) -> dict[str, jax.Array]:
@@ -109,7 +94,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, metavar="F.json", help="where the figures go too")
     arguments = parser.parse_args()
-    device, base, found = jax.devices()[0], random_base(), {}
+    device, base, found = jax.devices()[0], random_base(SPEC), {}
     print(f"{device.device_kind}, jax {jax.__version__}", flush=True)
     for rows, length in SHAPES:
         for attention, remat in KINDS:

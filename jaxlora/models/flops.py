@@ -62,7 +62,7 @@ def training(spec: DecoderSpec, ranks: Mapping[str, int], rows: int, length: int
     Args:
         ranks: by the name of the projection; those that have no adapter are left out.
         rows: in a step, over all devices. length: T.
-        remat: `model.remat`.
+        remat: `model.remat`, settled: not "auto".
     """
     tokens, layers = float(rows * length), spec.num_layers
     base = lora = inner = 0.0  # forward, a token and layer; inner: of lora, the products with A
@@ -71,13 +71,14 @@ def training(spec: DecoderSpec, ranks: Mapping[str, int], rows: int, length: int
         lora += 2.0 * ranks.get(name, 0) * (i + o)
         inner += 2.0 * ranks.get(name, 0) * i
     attention = 4.0 * length * spec.num_heads * spec.head_dim
-    i, o = kernels(spec)[
-        "down_proj"
-    ]  # nothing in the backward pass asks for what a layer's last product handed out
+    # Nothing in the backward pass asks for what a layer's last product handed out.
+    i, o = kernels(spec)["down_proj"]
+    whole_layer = (base - 2.0 * i * o, lora - 2.0 * ranks.get("down_proj", 0) * o, attention)
     again = {
         "none": (0.0, 0.0, 0.0),
         "dots": (0.0, inner, attention),
-        "full": (base - 2.0 * i * o, lora - 2.0 * ranks.get("down_proj", 0) * o, attention),
+        "full": whole_layer,
+        "offload": whole_layer,
     }[remat]
     everywhere = layers * tokens
     return Flops(

@@ -8,9 +8,10 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jaxlora.core.tree import leaves
 from jaxlora.runs.directory import RunDirectory
 
 # TensorFlow reads these when it is imported, and would otherwise say on stderr which instructions the machine has.
@@ -51,7 +52,7 @@ class Writers:
 
     def hparams(self, config: Mapping[str, Any]) -> None:
         """Shows the config in TensorBoard's HParams tab, keys joined by dots; lists and None as text."""
-        flat = dict(_flat(config))
+        flat = {".".join(path): _shown(value) for path, value in leaves(config)}
         self._hparams = lambda writer: writer.write_hparams(flat)
         if self._run.writes:
             self._queue.put(self._hparams)  # no number yet: not worth starting the thread
@@ -183,14 +184,8 @@ def _mark_session(run: RunDirectory, after_step: int) -> None:
     writer.close()
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, bool | int | float | str):
-            yield f"{prefix}{key}", value
-        else:
-            yield (
-                f"{prefix}{key}",
-                ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value),
-            )
+def _shown(value: Any) -> bool | int | float | str:
+    """As TensorBoard's hyperparameters can be: lists and None as text."""
+    if isinstance(value, bool | int | float | str):
+        return value
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -64,7 +64,13 @@ def products(jaxpr: Any) -> Iterator[float]:
 
 @pytest.mark.parametrize(
     ("remat", "targets"),
-    [("none", "all-linear"), ("dots", "all-linear"), ("full", "all-linear"), ("full", ("q_proj", "o_proj"))],
+    [
+        ("none", "all-linear"),
+        ("dots", "all-linear"),
+        ("full", "all-linear"),
+        ("offload", "all-linear"),
+        ("full", ("q_proj", "o_proj")),
+    ],
 )
 def test_the_count_is_that_of_the_traced_step(remat, targets):
     """Exactly: each product that is left once nobody asks for the gradients of frozen kernels."""

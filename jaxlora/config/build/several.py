@@ -2,12 +2,13 @@
 
 import hashlib
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jaxlora
 from jaxlora.config.schema import Config, to_dict
+from jaxlora.core.tree import leaves
 from jaxlora.parallel import exchange
 from jaxlora.runs.directory import RunDirectory, default_path
 from jaxlora.training.events import Standing, Stop
@@ -24,17 +25,9 @@ def check_same(config: Config) -> None:
     """
     if exchange.alone():
         return
-    exchange.agreed("config", dict(_flat(to_dict(config))))
+    exchange.agreed("config", {".".join(path): value for path, value in leaves(to_dict(config))})
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     exchange.agreed("version", {"jaxlora": jaxlora.__version__, "jaxlora's code": _code_digest(), **versions})
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
 def _code_digest() -> str:
