@@ -16,6 +16,7 @@ from jaxlora.data.chat import ChatEncoder
 from jaxlora.data.rows import Conversation, Message
 from jaxlora.models.decoder import Decoder
 from jaxlora.models.decoding import Sampling, answer_batch, bucket, left_pad
+from jaxlora.models.spec import DecoderSpec
 from jaxlora.parallel.rows import placed
 from jaxlora.parallel.sharding import batch_sharding, cache_sharding, head_spread
 from jaxlora.training.metrics import ANSWER_METRICS, Answered
@@ -39,6 +40,21 @@ class Answer(NamedTuple):
     exact: bool
     tokens: int
     ended: bool
+
+
+def room_for_prompts(spec: DecoderSpec, max_new_tokens: int) -> int:
+    """The longest prompt whose answer, of max_new_tokens, still has positions.
+
+    Raises:
+        InputError: there is none.
+    """
+    limit = spec.max_position_embeddings
+    if max_new_tokens >= limit:
+        raise InputError(
+            f"eval.max_new_tokens = {max_new_tokens} leaves no room for a prompt: the model has {limit} positions; "
+            f"set --config.eval.max_new_tokens={limit // 2} or less."
+        )
+    return limit - max_new_tokens
 
 
 class AnswerProgram:
@@ -129,23 +145,18 @@ class Answers:
         batch_size: int,
         mesh: Mesh,
     ):
-        limit = decoder.spec.max_position_embeddings
-        if max_new_tokens >= limit:
-            raise InputError(
-                f"eval.max_new_tokens = {max_new_tokens} leaves no room for a prompt: the model has {limit} positions; "
-                f"set --config.eval.max_new_tokens={limit // 2} or less."
-            )
+        room = room_for_prompts(decoder.spec, max_new_tokens)
         prompts = [_split(conversation) for conversation in conversations]
         encoded = [
             (encoder.encode_prompt(before), before[-1]["content"], reference) for before, reference in prompts
         ]
-        kept = [item for item in encoded if len(item[0]) + max_new_tokens <= limit]
+        kept = [item for item in encoded if len(item[0]) <= room]
         self.left_out = len(encoded) - len(kept)
         if not kept:
             raise InputError(
                 f"eval.generate: none of the {len(encoded)} held-out prompts leaves room for an answer of "
-                f"eval.max_new_tokens = {max_new_tokens} in the model's {limit} positions; set it lower, or "
-                "--config.eval.generate=0."
+                f"eval.max_new_tokens = {max_new_tokens} in the model's {room + max_new_tokens} positions; set it "
+                "lower, or --config.eval.generate=0."
             )
         self._ids, self._prompts, self._references = zip(*kept, strict=True)
         self._order = np.argsort([len(ids) for ids in self._ids], kind="stable")

@@ -18,7 +18,7 @@ from jaxlora.parallel import chips
 from jaxlora.parallel.capacity import Capacity, capacity, told
 from jaxlora.parallel.collectives import collectives, totals
 from jaxlora.runs.progress import Progress
-from jaxlora.training.answers import AnswerProgram
+from jaxlora.training.answers import AnswerProgram, room_for_prompts
 
 UTILISATIONS = (0.4, 0.5, 0.6)
 """Shares of a chip's peak for which a step's time is given: an estimate, no measurement."""
@@ -188,13 +188,8 @@ def plan_of(config: Config, model: Model, state: Any, progress: Progress, search
 
 
 def _prompts(config: Config, model: Model) -> Prompts:
-    new, limit = config.eval.max_new_tokens, model.spec.max_position_embeddings
-    if new >= limit:
-        raise InputError(
-            f"eval.max_new_tokens = {new} leaves no room for a prompt: the model has {limit} positions; "
-            f"set --config.eval.max_new_tokens={limit // 2} or less."
-        )
-    length = min(config.data.max_length, limit - new)
+    new = config.eval.max_new_tokens
+    length = min(config.data.max_length, room_for_prompts(model.spec, new))
     return Prompts(AnswerProgram(model.decoder, model.mesh, bucket(length), new), config.eval.batch_size)
 
 
