@@ -15,7 +15,7 @@ from jaxlora.parallel import sharding
 from jaxlora.parallel.mesh import make_mesh
 
 pytest.importorskip("libtpu")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.libtpu]
 
 SPEC = DecoderSpec(
     model_type="qwen2", vocab_size=1024, hidden_size=256, intermediate_size=512, num_layers=4, num_heads=4,

@@ -207,6 +207,7 @@ def test_as_a_command_it_simulates_the_devices_that_are_asked_for(folder, bare):
 
 
 @pytest.mark.slow
+@pytest.mark.libtpu
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (pip install libtpu)")
 @pytest.mark.parametrize(
     ("name", "fsdp", "told"),
