@@ -45,7 +45,7 @@ RANK = 128
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model on a topology: mesh is (data, fsdp, tensor); rows of a step, of a micro-batch, and tokens in a row."""
+    """A model on a topology: mesh is (data, fsdp, tensor); rows of a micro-batch and of a step, tokens in a row."""
 
     model: str
     topology: str
@@ -54,12 +54,15 @@ class Case:
     batch: int = 128
     length: int = 2048
     layers: int | None = None
+    rank: int = RANK
 
     @property
     def name(self) -> str:
         layers = "" if self.layers is None else f", {self.layers} layers"
+        rank = "" if self.rank == RANK else f", rank {self.rank}"
         mesh = "x".join(map(str, self.mesh))
-        return f"{self.model}{layers}, {self.topology}, mesh {mesh}, {self.micro} of {self.batch} x {self.length}"
+        rows = f"{self.micro} of {self.batch} x {self.length}"
+        return f"{self.model}{layers}{rank}, {self.topology}, mesh {mesh}, {rows}"
 
 
 EIGHT = Case("Qwen2.5-7B", "v5e:2x4", (1, 8, 1), 8)
@@ -74,8 +77,13 @@ CASES: dict[str, list[Case]] = {
     "small": [Case("Qwen2.5-0.5B", "v5e:1x1", (1, 1, 1), 8, length=1024)],
     # The same 16 rows a chip in a step, one of them at once.
     "scaled": [EIGHT, Case("Qwen2.5-7B", "v5e:16x16", (32, 8, 1), 256, batch=16 * 256)],
+    "launch": [
+        Case("Qwen2.5-7B", topology, (1, chips, 1), 8, length=1024, rank=16)  # configs/qwen7b.py
+        for topology, chips in (("v5e:2x4", 8), ("v6e:2x4", 8), ("v4:2x2x1", 4), ("v5p:2x2x1", 4))
+    ],
 }
-"""By what they show: time of compilation, memory, memory of a small model, bytes sent from 8 to 256 chips."""
+"""By what they show: time of compilation, memory, memory of a small model, bytes sent from 8 to 256 chips, and what the
+machines of launch/ need."""
 
 
 def config_of(case: Case, folder: Path) -> Config:
@@ -86,7 +94,7 @@ def config_of(case: Case, folder: Path) -> Config:
     return Config.from_dict(
         {
             "model": {"path": str(folder)},
-            "lora": {"rank": RANK, "alpha": float(RANK)},
+            "lora": {"rank": case.rank, "alpha": float(case.rank)},
             "data": {"train": "none", "max_length": case.length},
             "train": {"batch_size": case.batch, "micro_batch_size": case.micro},
             "eval": {"batch_size": case.micro},
@@ -129,6 +137,7 @@ KINDS: dict[str, Callable[[Case, Config, Progress, bool], dict[str, Any]]] = {
     "fits": planned,
     "small": planned,
     "scaled": train_step,
+    "launch": train_step,
 }
 
 

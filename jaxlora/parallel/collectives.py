@@ -21,6 +21,7 @@ KINDS = (
 )
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_END = re.compile(r"^\}(?!\})")  # a kernel's own text, which a custom call may quote over several lines, ends with two
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
 _COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+\w*)\[([\d,]*)\]")
@@ -92,7 +93,7 @@ def _computations(hlo: str) -> tuple[str, dict[str, list[str]]]:
             name = match[2]
             bodies[name] = []
             entry = name if match[1] else entry
-        elif line.startswith("}"):
+        elif _END.match(line):
             name = None
         elif name is not None and _INSTRUCTION.match(line):
             bodies[name].append(line)

@@ -48,6 +48,9 @@ HloModule jit_step, is_scheduled=true
 %body (s: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
   %s = (s32[], /*index=1*/f32[4,8]{1,0}) parameter(0)
   %begin = (bf16[1,16,8]{2,1,0}, bf16[1,64,8]{2,1,0}, u32[]) fusion(%s), kind=kCustom, calls=%start.1
+  %kernel = f32[4,8]{1,0} custom-call(%s), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="x"}, backend_config={"flag_configs":[]}
   %loop = (u32[], f32[4,8]{1,0}) while(%s), condition=%inner_cond, body=%inner_body
   %reduced = (f32[32]{0}, f32[2,8]{1,0}) all-reduce(%s, %s), channel_id=4, replica_groups=[2,4]<=[8], use_global_device_ids=true, to_apply=%add
 }
