@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jaxlora.config.schema import KEYS, SECTIONS, Config
+from jaxlora.config.schema import KEYS, Config
 from jaxlora.core.errors import InputError
 from jaxlora.sweeps.trials import MAY_DIFFER, Halving, Trial, groups, stack_key
 
@@ -136,5 +136,5 @@ def test_a_rung_before_the_end_of_warmup_is_refused():
     Halving((0.31,)).check(warming, 100)
     with pytest.raises(InputError, match=r"step 30 of 100, and trial hot warms up for 30.*\n.*0\.31 or more"):
         Halving((0.3,)).check(warming, 100)
-    with pytest.raises(InputError, match="or optim.warmup_steps below 25"):
+    with pytest.raises(InputError, match=r"or optim\.warmup_steps below 25"):
         Halving((0.25, 0.5)).check(warming, 100)
