@@ -1,6 +1,7 @@
 """Fine-tune one adapter: python -m jaxlora.train --config configs/quickstart.py"""
 
 import contextlib
+import dataclasses
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +17,11 @@ from jaxlora.config.load import (
     load_config,
     parse_arguments,
 )
-from jaxlora.config.schema import Config, to_dict
+from jaxlora.config.schema import Config
 from jaxlora.core import cli
 from jaxlora.core.errors import InputError
 from jaxlora.parallel import launch
-from jaxlora.runs.directory import RunDirectory
+from jaxlora.runs.directory import ENDED, RunDirectory
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help answers at once
     from jaxlora.config.build.inputs import Data, Model
@@ -29,9 +30,6 @@ if TYPE_CHECKING:  # what is slow to import is imported where it is used, so tha
     from jaxlora.runs.checkpoints import Checkpoints
     from jaxlora.runs.progress import Progress
     from jaxlora.training.state import TrainState
-
-ENDED = ("finished", "stopped_early", "diverged")
-"""Statuses of a run that has nothing left to do."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -130,13 +128,11 @@ def _fine_tune(
     with progress.stage("looking for the devices"):
         import jax
 
-        from jaxlora.config.build import guarding, inputs, memory, programs, several, wiring
+        from jaxlora.config.build import inputs, memory, programs, running, several, wiring
         from jaxlora.parallel import exchange
         from jaxlora.runs.checkpoints import Checkpoints
         from jaxlora.runs.writers import Writers
-        from jaxlora.training.events import Standing
         from jaxlora.training.loop import Program, train
-        from jaxlora.training.recording import Recorder
 
         jax.devices()
 
@@ -151,7 +147,7 @@ def _fine_tune(
     facts = wiring.facts(config, model, data)
     exchange.agreed("data", facts["data"])
     if run:
-        _check_same_data(run, facts["data"])
+        running.check_same_data(run, facts["data"])
     progress.total_steps = total
 
     # ---- compile, and refuse what does not fit, before the base is loaded
@@ -162,49 +158,33 @@ def _fine_tune(
     data = memory.with_eval_rows(data, fitted.config.eval.batch_size)
     with progress.stage("loading the base") as stage:
         base = inputs.base(model, stage)
+
+    def first_state() -> "TrainState":
+        return programs.first_state(config, model, total, base, given)
+
     with progress.stage("making the adapter"):
-        state = programs.first_state(config, model, total, base, given)
+        state = first_state()
 
     run = run or several.open_run(path, config)
     if watch:
         watch.outlook = several.outlook(run)
     with run, Checkpoints(run.checkpoints, config.checkpoint.keep) as checkpoints, Writers(run) as writers:
-        # ---- go on where the run stopped
-        standing = Standing()
-        if run.resumed:
-            restored = checkpoints.restore(state)
-            for line in checkpoints.skipped:
-                progress.say(line)
-            if restored:
-                state, standing = restored.state, Standing.from_json(restored.host)
-            run.truncate(restored.step if restored else -1, standing.excluded)
-            checkpoints.truncate(restored.step if restored else 0)
-            progress.say(
-                f"going on after step {restored.step}"
-                if restored
-                else "starting afresh: nothing was saved yet"
-            )
+        state, standing = running.gone_on(run, checkpoints, state, progress.say)
 
         # ---- train
         _tell_plan(config, model, data, state, total, str(fitted), path, command, progress)
-        recorder = Recorder(
-            run, writers, checkpoints, standing, programs.lora_spec(config), model.files, facts, progress.say
-        )
-        writers.hparams(to_dict(config))
-        recorder.record("running", None)
+        evaluator = wiring.evaluator(fitted.config, model, data, compiled, base, answers, progress)
+        ready = running.wired(
+            config, model, data, total, run, writers, checkpoints, standing, facts, evaluator, first_state, progress
+        )  # fmt: skip
+        recorder = ready.recorder
         if watch:
             watch.on_end = lambda reason: recorder.record("failed", reason)
-        evaluator = wiring.evaluator(fitted.config, model, data, compiled, base, answers, progress)
-        events = wiring.events(config, data, total, evaluator, recorder, progress)
-        batch = guarding.batches(config, model, data, standing)
-        rollback = guarding.rollback(
-            config, recorder, lambda: programs.first_state(config, model, total, base, given), progress.begin
-        )
         with _leaving_on_request(progress, notify, checkpoints, int(state.step)) as asked:
-            program = Program(compiled.train, base, batch, total, rollback, asked, several.decided)
+            program = Program(compiled.train, base, ready.batch, ready.rollback)
             progress.begin(int(state.step))
             try:
-                state, end = train(program, state, standing, events)
+                state, end = train(program, dataclasses.replace(ready.course, asked_to_leave=asked), state)
             except BaseException as error:
                 recorder.record("failed", f"{type(error).__name__}: {error}".splitlines()[0])
                 raise
@@ -224,22 +204,6 @@ def _fine_tune(
                 "newest whole checkpoint."
             )
         return exchange.from_first(lambda: cli.EXIT_FAILED if lost else cli.EXIT_OK)
-
-
-def _check_same_data(run: "RunDirectory", data: dict[str, Any]) -> None:
-    """A run goes on with the data it began with, or not at all.
-
-    Raises:
-        InputError: their fingerprints differ.
-    """
-    began = run.record.get("data", data)
-    changed = [name for name in data if data[name] != began.get(name)]
-    if changed:
-        names = " and ".join(f"data.{name}" for name in changed)
-        raise InputError(
-            f"{run.path} began with other data: {names} changed since.\nPut the old data back, or begin a new run "
-            "with another --workdir."
-        )
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 import importlib.metadata
 import math
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,7 +15,6 @@ from jaxlora.config.schema import Config
 from jaxlora.core.errors import InputError
 from jaxlora.data.batches import EvalBatches
 from jaxlora.parallel.rows import Share
-from jaxlora.runs.progress import Progress
 from jaxlora.training.answers import Answers, columns, lines, markdown, scores
 from jaxlora.training.calendar import Calendar
 from jaxlora.training.evaluate import Evaluator, Found, Groups
@@ -24,6 +24,24 @@ from jaxlora.training.metrics import METRICS, better
 from jaxlora.training.recording import Recorder
 from jaxlora.training.state import TrainState
 from jaxlora.training.stopping import EarlyStop, Evaluate, OverfitAlarm, Ranked
+
+
+class Shown(Protocol):
+    """What a person is shown of a run; see `Progress`, which does for a run alone."""
+
+    def say(self, text: str, /) -> None: ...
+
+    def step(self, step: int, /) -> None: ...
+
+    def train(
+        self, step: int, /, *, loss: float, nll: float, learning_rate: float, tokens_per_second: float
+    ) -> None: ...
+
+    def eval(self, done: int, total: int, /) -> None: ...
+
+    def stage(self, text: str, /) -> AbstractContextManager[Callable[[float, float], None]]: ...
+
+    def begin(self, step: int, /) -> None: ...
 
 
 def answers(config: Config, model: Model, data: HeldOut, say: Callable[[str], None]) -> Answers | None:
@@ -54,7 +72,7 @@ def events(
     total: int,
     evaluator: Callable[[TrainState, bool], Found],
     recorder: Recorder,
-    progress: Progress,
+    progress: Shown,
 ) -> Events:
     """The run's events, wired to its recorder and to what the person sees.
 
@@ -162,7 +180,7 @@ def evaluator(
     programs: Programs,
     base: Any,
     answers: Answers | None,
-    progress: Progress,
+    progress: Shown,
 ) -> Callable[..., Found]:
     """Builds `evaluate(state, answer=True) -> Found`: all that is asked for, with answers or without."""
     put, share, metrics = put_batch(model), Share(model.mesh), config.eval.metrics
