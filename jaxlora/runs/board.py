@@ -62,6 +62,7 @@ class TrialBoard:
     def __init__(self, trials: Iterable[tuple[str, str]], progress: Progress):
         self._progress = progress
         self.rows: dict[str, Row] = {}
+        self.began: float | None = None  # when the first step was made, by the monotonic clock
         self._told = 0  # the step whose train losses were told last, where lines are plain
         self._logged = 0  # the newest that was logged
         self._marks: collections.deque[tuple[float, int]] = collections.deque(maxlen=_RECENT)
@@ -76,16 +77,19 @@ class TrialBoard:
         """A trial is now `state`; ends are told, with the detail."""
         row = self.rows[name]
         before, row.state, row.detail = row.state, state, detail
-        if state in ENDED and state != before:
-            self._progress.say(
-                f"{name}: {state.replace('_', ' ')} at step {row.step:,}{f': {detail}' if detail else ''}"
-            )
+        if state in ENDED and state not in (
+            before,
+            "preempted",
+        ):  # who was asked to leave leaves with all others
+            self._progress.say(f"{name}: {state.replace('_', ' ')}: {detail or f'at step {row.step:,}'}")
 
     def step(self, name: str, step: int, total: int) -> None:
         """A trial has made so many steps of so many."""
         row = self.rows[name]
         row.step, row.total = step, total
         now = time.monotonic()
+        if self.began is None:
+            self.began = now
         if not self._marks or now - self._marks[-1][0] >= _BETWEEN:
             self._marks.append((now, sum(row.step for row in self.rows.values())))
         if not self._progress.interactive and step > self._logged > self._told:
@@ -119,7 +123,8 @@ class TrialBoard:
         training = [row for row in rows if row.state == "training"]
         if training:
             steps = sorted({row.step for row in training})
-            between = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
+            # One step apart, they are in the middle of making the same one.
+            between = f"{steps[0]:,}" if steps[-1] - steps[0] < 2 else f"{steps[0]:,} to {steps[-1]:,}"
             parts.insert(0, f"step {between}/{max(row.total for row in training):,}")
             known = sorted(
                 (row.nll, name) for name, row in self.rows.items() if row in training and _finite(row.nll)

@@ -23,7 +23,7 @@ class Place:
     Attributes:
         trial: the trial.
         record: of its folder; {} where it has none yet.
-        rows: the per-example columns of its best evaluation; None for none.
+        rows: the per-example columns of its best evaluation; None for none. before: those of the evaluation before.
         behind: its best evaluation less the winner's, example by example; None for the winner, and where the two
             have no examples in common.
     """
@@ -31,6 +31,7 @@ class Place:
     trial: Trial
     record: Mapping[str, Any]
     rows: Mapping[str, Sequence[Any]] | None
+    before: Mapping[str, Sequence[Any]] | None = None
     behind: Difference | None = None
 
     @property
@@ -70,11 +71,19 @@ def _place(folder: Path, trial: Trial) -> Place:
     except InputError:
         return Place(trial, {}, None)
     best = run.record.get("best")
+    steps = [line["step"] for line in run.metrics() if NLL in line]
+    earlier = [step for step in steps if best and step < best["step"]]
+    return Place(
+        trial, run.record, _rows(run, best["step"] if best else None), _rows(run, max(earlier, default=None))
+    )
+
+
+def _rows(run: RunDirectory, step: int | None) -> Mapping[str, Sequence[Any]] | None:
+    """The per-example columns of an evaluation; None where it is gone."""
     try:
-        rows = run.read_evaluation(best["step"]) if best else None
+        return None if step is None else run.read_evaluation(step)
     except (OSError, ValueError):
-        rows = None
-    return Place(trial, run.record, rows)
+        return None
 
 
 def _behind(winner: Place, other: Place) -> Difference | None:
@@ -162,7 +171,8 @@ def _ties(places: Sequence[Place]) -> list[str]:
 
 def _length(winner: Place) -> list[str]:
     steps = winner.record.get("steps", 0)
-    if winner.record.get("status") == "finished" and winner.step == steps > 0:
+    gain = difference(winner.before, winner.rows)
+    if winner.record.get("status") == "finished" and winner.step == steps and gain and gain.z < -TIED:
         return [f"the best was still getting better at its last step, {steps:,}: train it for longer"]
     if winner.step and winner.step <= steps / 2:
         return [f"the best was at its best at step {winner.step:,} of {steps:,}: a shorter run will do"]

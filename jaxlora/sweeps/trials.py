@@ -117,7 +117,7 @@ def named(trials: Sequence[Mapping[str, Any]], taken: Iterable[str] = ()) -> lis
 
 
 def told(changes: Mapping[str, Any], among: Iterable[Mapping[str, Any]] = ()) -> str:
-    """Changes in short: "learning_rate=0.0002,rank=16".
+    """Changes in short, but for what only the journal reads: "learning_rate=0.0002,rank=16".
 
     Args:
         among: the changes of all trials: keys whose last words coincide there are written out.
@@ -127,6 +127,7 @@ def told(changes: Mapping[str, Any], among: Iterable[Mapping[str, Any]] = ()) ->
     return ",".join(
         f"{key if words[key.rpartition('.')[2]] > 1 else key.rpartition('.')[2]}={shown(value)}"
         for key, value in changes.items()
+        if not key.startswith("journal.")
     )
 
 
