@@ -168,10 +168,9 @@ def find_sweep_key(path: str) -> Key:
     if path in SWEEP_KEYS:
         return SWEEP_KEYS[path]
     words = {key.rpartition(".")[2]: key for key in SWEEP_KEYS}
-    near = difflib.get_close_matches(path, [*SWEEP_KEYS, *(f"base.{key}" for key in KEYS)], n=1)
-    near = near or [words[word] for word in difflib.get_close_matches(path.rpartition(".")[2], words, n=1)]
-    if path in KEYS:
-        near = [f"base.{path}"]
+    same = words.get(path.rpartition(".")[2], f"base.{path}" if path in KEYS else None)
+    known = [*SWEEP_KEYS, *(f"base.{key}" for key in KEYS)]
+    near = [same] if same else difflib.get_close_matches(path, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(SWEEP_KEYS)}, and base.KEY."
     return _raise(f"unknown sweep key {path}: {hint}\nAll keys are listed by python -m jaxlora.sweep --help.")
 

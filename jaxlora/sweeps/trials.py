@@ -6,6 +6,7 @@ takes as numbers or what the host decides for each by itself. Everything else ma
 
 import collections
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -111,7 +112,8 @@ def named(trials: Sequence[Mapping[str, Any]], taken: Iterable[str] = ()) -> lis
         name = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", told(changes, trials)) or "base"
         if len(name) > LONGEST_NAME:
             name = f"trial-{number:02}"
-        names.append(next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10**6))) if n not in used))
+        others = (f"{name}-{copy}" for copy in itertools.count(2))
+        names.append(next(free for free in itertools.chain([name], others) if free not in used))
         used.add(names[-1])
     return names
 
