@@ -56,7 +56,19 @@ NEVER_REACHES = {
 }
 
 # Too slow to load before --help has been answered; commands import these inside functions.
-SLOW = ("jax", "flax", "optax", "orbax", "transformers", "datasets", "clu", "tensorflow", "torch", "rich", "optuna")
+SLOW = (
+    "jax",
+    "flax",
+    "optax",
+    "orbax",
+    "transformers",
+    "datasets",
+    "clu",
+    "tensorflow",
+    "torch",
+    "rich",
+    "optuna",
+)
 QUICK = (
     "jaxlora.config.schema",
     "jaxlora.config.load",

@@ -140,7 +140,7 @@ class TrialBoard:
         names = self.rows.copy()
         ordered = sorted(names, key=lambda name: names[name].rank)
         told_apart = any(row.differs not in ("", name) for name, row in names.items())
-        shown = ordered if len(ordered) < height else ordered[: max(1, height - 3)]
+        shown = ordered[: max(1, height - 2)]  # beside the header and what stands below
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), caption_justify="left")
         table.add_column("trial", no_wrap=True, overflow="ellipsis")
         if told_apart:

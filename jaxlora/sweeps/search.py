@@ -6,6 +6,7 @@ so a search that was killed goes on as if it had not been.
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -80,10 +81,14 @@ def _sampler(search: Search, wave: int) -> Any:
 
     seed = search.seed + 1000 * wave
     if search.sampler == "tpe":
-        # Proposals of one wave don't know of each other's outcome: the liar keeps them apart.
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=search.trials, constant_liar=True)
+        # The first wave is drawn by chance, what failed in it or not. Proposals of one wave don't know of each other's
+        # outcome: the liar keeps them apart.
+        first = search.trials if wave == 0 else 1
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=first, constant_liar=True)
     if search.sampler == "qmc":
-        return optuna.samplers.QMCSampler(qmc_type="sobol", scramble=True, seed=search.seed)
+        with warnings.catch_warnings():  # its interface may change, says Optuna
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.QMCSampler(qmc_type="sobol", scramble=True, seed=search.seed)
     return optuna.samplers.RandomSampler(seed=seed)
 
 
