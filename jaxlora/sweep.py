@@ -15,7 +15,8 @@ from jaxlora.core import cli
 from jaxlora.core.errors import InputError
 from jaxlora.runs.directory import ENDED, RunDirectory, default_path
 from jaxlora.runs.files import lock_folder, release
-from jaxlora.sweeps import ledger, search
+from jaxlora.sweeps import search
+from jaxlora.sweeps.ledger import Ledger, check_is_sweep_or_empty
 from jaxlora.sweeps.ranking import Place, advice, ranking
 from jaxlora.sweeps.trials import Trial, groups, shown, stack_key, told
 
@@ -72,7 +73,7 @@ def train_all(sweep: Sweep, path: Path, command: str) -> int:
     from jaxlora.runs.board import TrialBoard
     from jaxlora.runs.progress import Progress
 
-    ledger.check_is_sweep_or_empty(path)
+    check_is_sweep_or_empty(path)
     path.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(path)
     try:
@@ -85,26 +86,24 @@ def train_all(sweep: Sweep, path: Path, command: str) -> int:
 
 
 def _check_same_sweep(path: Path, sweep: Sweep) -> None:
-    """A folder goes on with the sweep that it holds.
+    """A folder goes on with the sweep that it holds, to which trials may be added.
 
     Raises:
         InputError: it holds another one.
     """
-    now, before = described(sweep), ledger.read(path).get("sweep")
-    if before is not None and before != now:
-        names = [name for name in now if before.get(name) != now[name]]
-        what = " and ".join(f"sweep.{name}" for name in names)
-        if names == ["trials"]:
-            differing = [
-                n
-                for n in {**before["trials"], **now["trials"]}
-                if before["trials"].get(n) != now["trials"].get(n)
-            ]
-            what = f"trial {differing[0]}" + (f" and {len(differing) - 1} more" if differing[1:] else "")
-        raise InputError(
-            f"{path} holds another sweep: it differs in {what}.\nGive another --workdir, or the sweep's own config."
-        )
-    ledger.update(path, sweep=now)
+    noted = Ledger(path)
+    now, before = described(sweep), noted.get("sweep")
+    if before is not None:
+        lost = [name for name, changes in before["trials"].items() if now["trials"].get(name) != changes]
+        what = [f"sweep.{name}" for name in ("halving", "search") if now[name] != before[name]]
+        if lost:
+            what.append(f"trial {lost[0]}" + (f" and {len(lost) - 1} more" if lost[1:] else ""))
+        if what:
+            raise InputError(
+                f"{path} holds another sweep: {' and '.join(what)} {'are' if what[1:] else 'is'} not what it was.\n"
+                "Give another --workdir, or the sweep's own config, to which trials may be added."
+            )
+    noted.note("sweep", now)
 
 
 @dataclasses.dataclass
@@ -112,7 +111,7 @@ class _Command:
     """One call of the command.
 
     Attributes:
-        trials: all that are known by now; a search adds to them.
+        trials: all that are known by now; a search adds to them. ledger: of the folder.
         began: when.
     """
 
@@ -124,6 +123,7 @@ class _Command:
 
     def __post_init__(self) -> None:
         self.trials = list(self.sweep.trials)
+        self.ledger = Ledger(self.path)
         self.began = time.monotonic()
 
     def run(self) -> int:
@@ -186,7 +186,7 @@ class _Command:
 
     def _wave(self, number: int) -> list[Trial]:
         """The trials of a wave of a search: those that it had when the command was stopped, or new ones."""
-        known = ledger.read(self.path).get("waves", [])
+        known = self.ledger.get("waves", [])
         if number < len(known):
             wave = make(self.sweep.base, list(known[number].values()), list(known[number]))
         else:
@@ -194,7 +194,7 @@ class _Command:
             told_so_far = [self._told(trial) for trial in self.trials]
             changes = search.propose(self.sweep.search, number, told_so_far)
             wave = make(self.sweep.base, changes, taken=[trial.name for trial in self.trials])
-            ledger.update(self.path, waves=[*known, {trial.name: trial.changes for trial in wave}])
+            self.ledger.note("waves", [*known, {trial.name: trial.changes for trial in wave}])
             self.progress.say(f"wave {number + 1} of {self.sweep.search.waves}: {len(wave)} trials")
         for trial in wave:
             self.board.add(trial.name, told(trial.changes))
@@ -206,7 +206,7 @@ class _Command:
         """What a search is told of an ended trial."""
         record = self._record(trial)
         nll = (record.get("best") or {}).get("eval/nll")
-        dropped = record.get("steps", 0) if self._dropped(trial) else None
+        dropped = record["steps"] if self._dropped(trial) else None
         return search.Told(trial.changes, None if record.get("status") == "diverged" else nll, dropped)
 
     def _record(self, trial: Trial) -> dict[str, Any]:
@@ -215,10 +215,8 @@ class _Command:
 
     def _dropped(self, trial: Trial) -> bool:
         """Whether a halving has dropped it, and nobody finished it alone since."""
-        return (
-            trial.name in ledger.read(self.path).get("dropped", {})
-            and self._record(trial).get("status") not in ENDED
-        )
+        facts, record = self.ledger.dropped.get(trial.name), self._record(trial)
+        return facts is not None and record.get("status") == "preempted" and record["steps"] >= facts["step"]
 
     def _ended(self, trial: Trial) -> bool:
         """Whether the sweep has nothing more to do for it."""

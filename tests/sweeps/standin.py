@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxlora.config.schema import to_dict
 from jaxlora.runs.directory import ENDED, RunDirectory
-from jaxlora.sweeps import ledger
+from jaxlora.sweeps.ledger import Ledger
 
 EXAMPLES, STEPS = 40, 20
 FACTS = {"data": {"eval": {"fingerprint": "f"}}}
@@ -79,8 +79,8 @@ def run(trials, folder, *, at_once, halving, progress, board, asked_to_leave, ba
                 ranked = sorted(alive, key=lambda t: nll(t.config.optim.learning_rate, step))
                 for trial in ranked[halving.kept(len(alive)) :]:
                     reason = f"dropped at rung {rung + 1} (step {step})"
-                    dropped = ledger.read(folder).get("dropped", {})
-                    ledger.update(folder, dropped={**dropped, trial.name: {"rung": rung, "step": step}})
+                    facts = {"rung": rung + 1, "step": step, "reason": reason}
+                    Ledger(folder).decide(len(found), rung + 1, step, {trial.name: facts})
                     end(trial, alive, found, runs, folder, board, "dropped", reason, {})
         if asked_to_leave():
             for trial in list(alive):
@@ -112,8 +112,7 @@ def ended(folder, trial) -> bool:
     file = folder / trial.name
     if not (file / "config.json").is_file():
         return False
-    dropped = trial.name in ledger.read(folder).get("dropped", {})
-    return dropped or RunDirectory.read(file).record.get("status") in ENDED
+    return trial.name in Ledger(folder).dropped or RunDirectory.read(file).record.get("status") in ENDED
 
 
 def outcome(folder, trial) -> Outcome:

@@ -17,7 +17,7 @@ from jaxlora.core import cli
 from jaxlora.runs.board import TrialBoard
 from jaxlora.runs.directory import RunDirectory
 from jaxlora.runs.progress import Progress
-from jaxlora.sweeps import ledger
+from jaxlora.sweeps.ledger import Ledger
 from tests.sweeps import standin
 
 RATES = "grid = {'optim.learning_rate': [1e-4, 1e-3, 1e-2]}"
@@ -247,8 +247,8 @@ def test_a_diverged_trial_costs_the_others_nothing(call):
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (["grid = {'optim.learning_rate': [1e-4, 1e-3]}"], "holds another sweep: it differs in trial learning_"),
-        ([RATES, "halving.rungs = (0.5,)"], "holds another sweep: it differs in sweep.halving."),
+        (["grid = {'optim.learning_rate': [1e-4, 1e-3]}"], "holds another sweep: trial learning_rate=0.01 is not"),
+        ([RATES, "halving.rungs = (0.5,)"], "holds another sweep: sweep.halving is not what it was"),
     ],
 )  # fmt: skip
 def test_a_folder_goes_on_with_its_own_sweep_alone(call, lines, said):
@@ -256,6 +256,14 @@ def test_a_folder_goes_on_with_its_own_sweep_alone(call, lines, said):
     code, _, err = call(*lines)
     assert code == 2
     assert said in err
+
+
+def test_trials_may_be_added(call, stand_in):
+    call(RATES)
+    code, out, _ = call(RATES.replace("1e-2]", "1e-2, 2e-2]"))
+    assert code == 0
+    assert len(order(out)) == 4
+    assert re.search(r"ended +3 of them, before", out)
 
 
 def test_a_folder_of_something_else_is_refused(call, tmp_path):
@@ -303,7 +311,7 @@ def test_each_wave_of_a_search_is_one_call(call, stand_in, tmp_path):
     assert code == 0
     assert [len(names) for names, _ in stand_in.calls] == [4, 4, 4]
     assert len(order(out)) == 12
-    assert [len(wave) for wave in ledger.read(tmp_path / "s")["waves"]] == [4, 4, 4]
+    assert [len(wave) for wave in Ledger(tmp_path / "s").get("waves")] == [4, 4, 4]
     assert len({id(rest["bases"]) for _, rest in stand_in.calls}) == 1
 
 
@@ -316,4 +324,4 @@ def test_a_stopped_search_goes_on_as_if_it_had_not_been(call, stand_in, tmp_path
     call(*SEARCH)
     undisturbed = call(*SEARCH, workdir="undisturbed")[1]
     assert order(undisturbed) == order(call(*SEARCH)[1])
-    assert ledger.read(tmp_path / "s")["waves"] == ledger.read(tmp_path / "undisturbed")["waves"]
+    assert Ledger(tmp_path / "s").get("waves") == Ledger(tmp_path / "undisturbed").get("waves")
