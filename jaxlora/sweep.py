@@ -18,11 +18,15 @@ from jaxlora.runs.files import lock_folder, release
 from jaxlora.sweeps import search
 from jaxlora.sweeps.ledger import Ledger, check_is_sweep_or_empty
 from jaxlora.sweeps.ranking import Place, advice, ranking
-from jaxlora.sweeps.trials import Trial, groups, shown, stack_key, told
+from jaxlora.sweeps.trials import Trial, flat, groups, shown, stack_key, told
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help answers at once
     from jaxlora.runs.board import TrialBoard
     from jaxlora.runs.progress import Progress
+
+
+SHOWN_METRICS = ("eval/nll", "train/nll", "train_eval/nll", "eval/token_accuracy")
+"""What TensorBoard's HParams tab shows of each trial."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -130,6 +134,7 @@ class _Command:
         """Trains what is left, and tells what came of it."""
         for trial in self.trials:
             self._remember(trial)
+        self._compare()
         if not self.trials or not all(map(self._ended, self.trials)):
             self._tell_plan()
         before = sum(row.step for row in self.board.rows.values())
@@ -200,7 +205,17 @@ class _Command:
             self.board.add(trial.name, told(trial.changes))
             self._remember(trial)
         self.trials += wave
+        self._compare()
         return wave
+
+    def _compare(self) -> None:
+        """Has TensorBoard show what differs between the trials."""
+        from jaxlora.runs.writers import compare_in_tensorboard
+
+        keys = {key for trial in self.trials for key in trial.changes if not key.startswith("journal.")}
+        values = [flat(trial.config) for trial in self.trials]
+        differing = {key: [one[key] for one in values] for key in sorted(keys)}
+        compare_in_tensorboard(self.path, differing, SHOWN_METRICS)
 
     def _told(self, trial: Trial) -> search.Told:
         """What a search is told of an ended trial."""

@@ -29,7 +29,8 @@ class Row:
 
     Attributes:
         order: among all. differs: what makes it differ, in short.
-        state, detail: one of `waiting`, `compiling`, `training` and `ENDED`, and a line on it.
+        state, detail: one of `waiting`, `compiling`, `training` and `ENDED`, and a few words on it: what it does just
+            now, or why it ended.
         step, total: optimizer steps done, and of the whole run; 0 before they are known.
         nll: of the newest logged step. last: eval/nll of the newest evaluation. best: {"step", "eval/nll"}.
     """
@@ -133,7 +134,8 @@ class TrialBoard:
                 parts.append(
                     f"train nll {known[0][0]:.3f} ({known[0][1]}) to {known[-1][0]:.3f} ({known[-1][1]})"
                 )
-        return "  ".join([*parts, *filter(None, [self._left()])])
+        doing = [f"{name}: {row.detail}" for name, row in self.rows.items() if row in training and row.detail]
+        return "  ".join([*parts, *doing[:1], *filter(None, [self._left()])])
 
     def table(self, width: int, height: int) -> Table:
         """The trials as a table of at most `height` lines."""
@@ -150,7 +152,7 @@ class TrialBoard:
         table.add_column("state", no_wrap=True, overflow="ellipsis")
         for name in shown:
             row = names[name]
-            state = row.state.replace("_", " ")
+            state = row.detail if row.state == "training" and row.detail else row.state.replace("_", " ")
             cells = [Text(name), *([Text(row.differs)] if told_apart else [])]
             cells += [Text(f"{row.step:,}/{row.total:,}" if row.total else "")]
             cells += [Text(_number(value)) for value in (row.nll, row.last)]
