@@ -173,7 +173,8 @@ def _fine_tune(
 
         # ---- train
         _tell_plan(config, model, data, state, total, str(fitted), path, command, progress)
-        evaluator = wiring.evaluator(fitted.config, model, data, compiled, base, answers, progress)
+        score = wiring.scorer(fitted.config, model, data, compiled, base, progress)
+        evaluator = wiring.evaluator(config, score, compiled.effective, base, answers, progress)
         ready = running.wired(
             config, model, data, total, run, writers, checkpoints, standing, facts, evaluator, first_state, progress
         )  # fmt: skip

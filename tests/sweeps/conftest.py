@@ -1,7 +1,9 @@
 """A base and data for sweeps small enough for a test, and a board that remembers what it was told."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,20 @@ from tests.train.conftest import SETTINGS, conversations, write_config, write_mo
 
 
 @pytest.fixture(scope="session")
-def base_config(tmp_path_factory) -> Config:
-    """The config that trials change."""
+def config_file(tmp_path_factory) -> Path:
+    """The config that trials change, with its base and its data."""
     folder = tmp_path_factory.mktemp("sweeps")
     named = {
         "model.path": str(write_model(folder / "model")),
         "data.train": str(write_rows(folder / "train.jsonl", conversations(0, 60))),
         "data.eval": str(write_rows(folder / "eval.jsonl", conversations(60, 20))),
     }
-    return load_config(str(write_config(folder / "tiny.py", **named, **SETTINGS)), [])
+    return write_config(folder / "tiny.py", **named, **SETTINGS)
+
+
+@pytest.fixture(scope="session")
+def base_config(config_file) -> Config:
+    return load_config(str(config_file), [])
 
 
 def trial(base: Config, name: str, **changes: Any) -> Trial:
@@ -95,16 +102,19 @@ def sweep():
     return Swept
 
 
+@contextlib.contextmanager
+def see_devices(count: int) -> Iterator[None]:
+    """Only so many of the devices are seen."""
+    chosen = jax.local_devices()[:count]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: chosen)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def devices(monkeypatch):
-    """One device is seen, or as many as `devices(n)` says."""
-    every = jax.devices()
-
-    def see(count: int) -> None:
-        monkeypatch.setattr(jax, "devices", lambda *_: every[:count])
-
-    see(1)
-    return see
+def one_device() -> Iterator[None]:
+    with see_devices(1):
+        yield
 
 
 def curve(folder: Path, *names: str) -> list[dict[str, Any]]:

@@ -14,11 +14,13 @@ from jaxlora.config.schema import Config
 from jaxlora.parallel import sharding
 from jaxlora.runs.directory import CONFIG, ENDED, RunDirectory
 from jaxlora.runs.progress import Progress
+from jaxlora.sweeps import halving as halvings
 from jaxlora.sweeps.ledger import Ledger
 from jaxlora.sweeps.lockstep import Company, Lane, Lockstep, layout
 from jaxlora.sweeps.stack import Stack
 from jaxlora.sweeps.trials import Halving, Trial, groups
 from jaxlora.training.events import Stop
+from jaxlora.training.loop import Rung
 
 
 class Bases:
@@ -232,11 +234,13 @@ class _Group:
 
             def on_end(lane: Lane, end: Stop) -> None:
                 state = stack.take(lane.name, lane.ranks)
-                opened[lane.name].end(end, int(state.step))
+                dropped = self._ledger.dropped.get(lane.name)
+                gone = dropped is not None and end.reason == dropped["reason"]
+                opened[lane.name].end(end, int(state.step), "dropped" if gone else "")
                 if end.status in ENDED:
                     ended[lane.name] = int(state.step)
-                elif lane.name in self._ledger.dropped:
-                    ended[lane.name] = self._ledger.dropped[lane.name]["made"]
+                elif dropped is not None and gone:
+                    ended[lane.name] = dropped["made"]
 
             company = Company(
                 fitted.train,
@@ -275,7 +279,28 @@ class _Group:
     def _compare(
         self, number: int, rung: int, lanes: Sequence[Lane], opened: Mapping[str, OpenTrial], stack: Stack
     ) -> dict[str, Stop]:
-        raise NotImplementedError
+        """Why those of a stack that do not go on from a rung stop; it is decided once."""
+        known = self._ledger.rung(number, rung)
+        if known is None:
+            assert self._halving is not None
+            steps = {lane.name: lane.wish.step for lane in lanes if isinstance(lane.wish, Rung)}
+            whys = halvings.dropped(
+                self._halving, {lane.name: opened[lane.name].judged(stack) for lane in lanes}
+            )
+            facts = {
+                name: {
+                    "rung": rung,
+                    "step": steps[name],
+                    "reason": f"dropped at rung {rung} (step {steps[name]:,}): {why}; to finish it alone: "
+                    f"python -m jaxlora.train --workdir {self._folder / name}",
+                }
+                for name, why in whys.items()
+            }
+            self._ledger.decide(number, rung, max(steps.values()), facts)
+            told = f"{len(lanes) - len(whys)} of {len(lanes)} trials go on"
+            self._board.say(f"rung {rung}: {told}" + (f"; dropped: {', '.join(whys)}" if whys else ""))
+            known = {"dropped": facts}
+        return {name: Stop("preempted", one["reason"]) for name, one in known["dropped"].items()}
 
 
 def _waves(names: Sequence[str], at_once: int) -> list[list[str]]:

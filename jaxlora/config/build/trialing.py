@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ import jax
 
 from jaxlora.config.build import guarding, memory, programs, running, stacking, wiring, works
 from jaxlora.config.build.inputs import Data, Model
+from jaxlora.config.build.programs import Programs
 from jaxlora.config.schema import Config, to_dict
 from jaxlora.runs.checkpoints import Checkpoints
 from jaxlora.runs.directory import RunDirectory
@@ -20,6 +21,7 @@ from jaxlora.sweeps import stack
 from jaxlora.sweeps.lockstep import Lane
 from jaxlora.sweeps.stack import Stack
 from jaxlora.sweeps.trials import Trial
+from jaxlora.training.evaluate import Found
 from jaxlora.training.events import Stop
 from jaxlora.training.state import TrainState
 from jaxlora.training.stopping import NLL
@@ -155,7 +157,12 @@ class OpenTrial:
                 )
             self.step = int(self._state.step)
             self.host_batch = guarding.host_batches(config, model, data, standing)
-            evaluator = self._evaluator(config, model, base, data, fitted)
+            self._standing, self._ranks = standing, programs.lora_spec(config).ranks
+            filled = _filled(fitted)
+            self._score = self._scorer(config, model, base, data, filled, fitted.form.config.eval.batch_size)
+            evaluator = wiring.evaluator(
+                config, self._score, filled.effective, base, fitted.answers, self._shown
+            )
             self._ready = running.wired(
                 config, model, data, total, self.run, writers, self._checkpoints, standing, facts, evaluator,
                 first_state, self._shown,
@@ -164,7 +171,6 @@ class OpenTrial:
             self._files.close()
             raise
         self.batch = self._ready.batch
-        self._standing, self._ranks = standing, programs.lora_spec(config).ranks
         events = self._ready.course.events
         events.evaluate.write = self._evaluated
         board.step(trial.name, self.step, total)
@@ -186,6 +192,10 @@ class OpenTrial:
             lambda: bool(self._standing.rollbacks),
             self._ready.rollback,
         )
+
+    def judged(self, stack: Stack) -> Mapping[str, Sequence[Any]]:
+        """The nll of the held-out examples, of the newest state; nothing of it is written or remembered."""
+        return self._score(stack.take(self._name, self._ranks)).files["eval"]
 
     def end(self, end: Stop, step: int, shown_as: str = "") -> None:
         """Writes what is left, and the record; closes the folder.
@@ -222,17 +232,28 @@ class OpenTrial:
         if NLL in values:
             self._board.evaluated(self._name, step, values, self._standing.best)
 
-    def _evaluator(
-        self, config: Config, model: Model, base: Any, data: Data, fitted: stacking.Fitted
-    ) -> Callable[..., Any]:
-        """Evaluates the trial's states by the programs of its stack, filled up to the largest ranks."""
-        ranks = stack.ranks_of(fitted.form.like)
-        placements = jax.tree.map(lambda x: x.sharding, fitted.form.like)
-        fill = jax.jit(lambda state: stack.with_ranks(state, ranks), out_shardings=placements)
-        effective = fitted.programs.effective
-        filled = dataclasses.replace(
-            fitted.programs, effective=lambda state, base: effective(fill(state), base)
-        )
-        rows = fitted.form.config.eval.batch_size
+    def _scorer(
+        self, config: Config, model: Model, base: Any, data: Data, programs: Programs, rows: int
+    ) -> Callable[[TrainState], Found]:
+        """Scores the trial's states, each once: a rung and the calendar may ask for the same."""
         sized = works.changed(config, "eval", batch_size=rows)
-        return wiring.evaluator(sized, model, data, filled, base, fitted.answers, self._shown)
+        score = wiring.scorer(sized, model, data, programs, base, self._shown)
+        known: list[tuple[tuple[int, int], Found]] = []
+
+        def once(state: TrainState) -> Found:
+            at = (int(state.step), len(self._standing.rollbacks))
+            if not known or known[-1][0] != at:
+                known[:] = [(at, score(state))]
+            metrics, files, *_ = known[-1][1]
+            return Found({**metrics}, files)
+
+        return once
+
+
+def _filled(fitted: stacking.Fitted) -> Programs:
+    """The programs of one trial of a stack, for its states as they are alone."""
+    ranks = stack.ranks_of(fitted.form.like)
+    placements = jax.tree.map(lambda x: x.sharding, fitted.form.like)
+    fill = jax.jit(lambda state: stack.with_ranks(state, ranks), out_shardings=placements)
+    effective = fitted.programs.effective
+    return dataclasses.replace(fitted.programs, effective=lambda state, base: effective(fill(state), base))
