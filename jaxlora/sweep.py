@@ -369,8 +369,8 @@ def _list(sweep: Sweep) -> None:
 
 def _apart(group: Sequence[Trial], stacks: Sequence[Sequence[Trial]]) -> str:
     """What sets a group apart from the others."""
-    every = [dict(stack_key(stack[0].config)) for stack in stacks]  # pyright: ignore[reportArgumentType]
-    own = dict(stack_key(group[0].config))  # pyright: ignore[reportArgumentType]
+    every = [dict(stack_key(stack[0].config)) for stack in stacks]
+    own = dict(stack_key(group[0].config))
     differing = [key for key in own if any(other.get(key) != own[key] for other in every)]
     return ", ".join(f"{key} = {shown(own[key])}" for key in differing)
 

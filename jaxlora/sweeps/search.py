@@ -110,8 +110,8 @@ def _told(search: Search, one: Told, distributions: Mapping[str, Any]) -> Any:
     import optuna
 
     states = optuna.trial.TrialState
-    finite = one.nll is not None and math.isfinite(one.nll)
-    state = states.FAIL if not finite else states.COMPLETE if one.dropped is None else states.PRUNED
+    finite = one.nll if one.nll is not None and math.isfinite(one.nll) else None
+    state = states.FAIL if finite is None else states.COMPLETE if one.dropped is None else states.PRUNED
     params = {
         path: found.values.index(one.changes[path]) if found.kind == "choice" else one.changes[path]
         for path, found in search.ranges.items()
@@ -120,6 +120,6 @@ def _told(search: Search, one: Told, distributions: Mapping[str, Any]) -> Any:
         params=params,
         distributions=dict(distributions),
         state=state,
-        value=one.nll if state == states.COMPLETE else None,
-        intermediate_values={one.dropped or 0: one.nll} if state == states.PRUNED else {},
+        value=finite if state == states.COMPLETE else None,
+        intermediate_values={} if finite is None or one.dropped is None else {one.dropped: finite},
     )

@@ -147,7 +147,7 @@ def shown(value: Any) -> str:
 # ---- groups --------------------------------------------------------------------------------------------------------
 
 
-def stack_key(config: Config) -> Hashable:
+def stack_key(config: Config) -> tuple[tuple[str, Hashable], ...]:
     """Equal for trials that may be one stack.
 
     A held-out part that is drawn from data.train is drawn by the seed: with another one the rows are others, to train
