@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jaxlora.config.load import CommandParser, add_config_argument, config_name, load_config, parse_arguments
 from jaxlora.config.schema import Config
 from jaxlora.core import cli
+from jaxlora.core.errors import InputError
 from jaxlora.parallel import launch
 from jaxlora.runs.directory import ENDED
 
@@ -63,6 +64,11 @@ def fine_tune(
     """
     from jaxlora.runs.progress import Progress
 
+    if config.mesh.trial != 1:
+        raise InputError(
+            f"mesh.trial = {config.mesh.trial} spreads the trials of a sweep over devices, and this is a run alone.\n"
+            "Set --config.mesh.trial=1; mesh.data, mesh.fsdp and mesh.tensor share out its rows and matrices."
+        )
     launch.keep_stdout(started)
     with Progress() as progress, contextlib.ExitStack() as stack:
         with progress.stage("starting JAX"):
