@@ -4,25 +4,30 @@ import contextlib
 import dataclasses
 import os
 import shlex
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxlora.config.load import CommandParser, add_config_argument, config_name, load_config, parse_arguments
+from jaxlora.config.load import (
+    CommandParser,
+    add_config_argument,
+    changed_config,
+    config_name,
+    load_config,
+    parse_arguments,
+)
 from jaxlora.config.schema import Config
 from jaxlora.core import cli
 from jaxlora.core.errors import InputError
 from jaxlora.parallel import launch
-from jaxlora.runs.directory import ENDED
+from jaxlora.runs.directory import ENDED, RunDirectory
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help answers at once
     from jaxlora.config.build.inputs import Data, Model
     from jaxlora.lora.spec import LoraSpec
     from jaxlora.parallel.watch import Watch
     from jaxlora.runs.checkpoints import Checkpoints
-    from jaxlora.runs.directory import RunDirectory
     from jaxlora.runs.progress import Progress
     from jaxlora.training.state import TrainState
 
@@ -30,24 +35,40 @@ if TYPE_CHECKING:  # what is slow to import is imported where it is used, so tha
 def main(argv: Sequence[str]) -> int:
     parser = CommandParser(
         prog="python -m jaxlora.train",
-        description="Fine-tune a LoRA adapter. The same command with the same --workdir goes on where it stopped.",
+        description="Fine-tune a LoRA adapter. The same command with the same --workdir goes on where it stopped; so "
+        "does --workdir alone,\nby the config in that folder.",
     )
-    add_config_argument(parser)
+    add_config_argument(parser, required=False)
     parser.add_argument(
         "--workdir", type=Path, help="the run's folder (default: runs/<MonDD_HH-MM-SS>_<config>)"
     )
     launch.add_arguments(parser)
     arguments, overrides = parse_arguments(parser, argv)
-    config = load_config(arguments.config, overrides)
+    config = _config(arguments.config, arguments.workdir, overrides)
     typed = [*overrides, *launch.typed(arguments)]
     started = launch.of(arguments, os.environ)
     return fine_tune(config, arguments.workdir, arguments.config, typed, started)
 
 
+def _config(argument: str | None, workdir: Path | None, overrides: Sequence[str]) -> Config:
+    """The config that was named, or that of the run in the folder.
+
+    Raises:
+        InputError: neither was given, or what `load_config` raises.
+    """
+    if argument is not None:
+        return load_config(argument, overrides)
+    if workdir is None:
+        raise InputError(
+            "which config? Give --config FILE.py for a new run, or --workdir FOLDER alone to go on with the run there."
+        )
+    return changed_config(RunDirectory.read(workdir).config, overrides)
+
+
 def fine_tune(
     config: Config,
     workdir: Path | None,
-    config_argument: str,
+    config_argument: str | None,
     overrides: Sequence[str] = (),
     started: launch.Launch | None = None,
 ) -> int:
@@ -56,7 +77,7 @@ def fine_tune(
     Args:
         config: the run.
         workdir: its folder, or None for a new one named by the time.
-        config_argument, overrides: what was typed, for the commands that are printed.
+        config_argument, overrides: what was typed, for the commands that are printed; None: the folder's own config.
         started: as one of several processes; None where neither flags nor environment say so.
     Returns:
         The exit code: 0 when finished, stopped early, diverged (as far as a run can) or saved on request; 1 when the
@@ -84,8 +105,9 @@ def fine_tune(
         if not exchange.first():
             progress.mute()
         several.check_same(config)
-        path = several.run_path(workdir, config_name(config_argument))
-        arguments = ["--config", config_argument, *overrides, "--workdir", str(path)]
+        named = [] if config_argument is None else ["--config", config_argument]
+        path = several.run_path(workdir, config_name(config_argument) if config_argument else "")
+        arguments = [*named, *overrides, "--workdir", str(path)]
         command = f"python -m jaxlora.train {shlex.join(arguments)}"
         # An existing folder is looked at before anything slow: it may hold another run, or a finished one.
         run = several.existing_run(path, config)
@@ -194,7 +216,7 @@ def _fine_tune(
 def _leaving_on_request(
     progress: "Progress", notify: Callable[[], None] | None, checkpoints: "Checkpoints", first: int
 ) -> Iterator[Callable[[int], bool]]:
-    """While open, SIGTERM and SIGINT ask the run to save and end; a second one ends it at once.
+    """While open, SIGTERM and SIGINT ask the run to save and end, see `cli.leaving_on_request`.
 
     Args:
         notify: of `processes.join`: where several processes may train together, a request goes out to all of them, and
@@ -203,29 +225,12 @@ def _leaving_on_request(
     Returns:
         Takes the number of each step; whether to leave after it.
     """
-    received: list[int] = []
-
-    def ask(number: int, _frame: Any) -> None:
-        if received:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        received.append(number)
-        progress.say(
-            f"{signal.Signals(number).name}: saving after this step and leaving (once more: at once)"
-        )
-        if notify:
-            notify()
-
     if notify:
         checkpoints.reached_preemption(
             first
         )  # the step to leave after is counted from the last one asked about
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield checkpoints.reached_preemption if notify else lambda _: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with cli.leaving_on_request(progress.say, notify or (lambda: None)) as asked:
+        yield checkpoints.reached_preemption if notify else lambda _: asked()
 
 
 # ---- what a person reads ------------------------------------------------------------------------------------------

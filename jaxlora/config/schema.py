@@ -377,6 +377,17 @@ def nearest_key(path: str) -> str | None:
     return None
 
 
+def find_key(path: str) -> Key:
+    """The key of a dotted name.
+
+    Raises:
+        InputError: there is no such key.
+    """
+    if path not in KEYS:
+        raise unknown_key(path)
+    return KEYS[path]
+
+
 def unknown_key(path: str) -> InputError:
     """The error for a key that does not exist."""
     near = nearest_key(path)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora.core.errors import InputError
-from jaxlora.runs.files import encode_json, replace
+from jaxlora.runs.directory import CONFIG
+from jaxlora.runs.files import LOCK, encode_json, replace
 from jaxlora.sweeps.trials import Trial
 
 FILE = "sweep.json"
@@ -19,6 +20,8 @@ class Ledger:
         stacks    a list of names each: the trials that are trained together, in the order of their slots
         rungs     "STACK/RUNG" (both numbers) -> {"step": the last step made before it was decided,
                   "dropped": name -> {"rung", "step", "reason"}}
+        sweep     what the command was asked for
+        waves     of a search: name -> what differs, of each wave's trials
 
     Args:
         folder: the sweep's, there already.
@@ -73,6 +76,14 @@ class Ledger:
             name: {**facts, "made": rung["step"]} for rung in rungs for name, facts in rung["dropped"].items()
         }
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """What was noted under a key."""
+        return self._read().get(key, default)
+
+    def note(self, key: str, value: Any) -> None:
+        """Notes something under a key, in place of what was there."""
+        self._write(key, value)
+
     def _read(self) -> dict[str, Any]:
         try:
             return json.loads(self._file.read_bytes())
@@ -85,3 +96,17 @@ class Ledger:
 
     def _write(self, key: str, value: Any) -> None:
         replace(self._file, encode_json(self._read() | {key: value}, indent=2))
+
+
+def check_is_sweep_or_empty(folder: Path) -> None:
+    """Refuses a folder that holds something else.
+
+    Raises:
+        InputError: naming what it holds.
+    """
+    if not folder.exists() or (folder / FILE).exists():
+        return
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK)
+    if others:
+        what = "holds a run, not a sweep" if CONFIG in others else "is not empty and holds no sweep"
+        raise InputError(f"{folder} {what} (it has {', '.join(others[:3])}): give another --workdir")

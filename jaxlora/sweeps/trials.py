@@ -4,14 +4,20 @@ A stack is one compiled program over one base and the same rows, so its trials m
 takes as numbers or what the host decides for each by itself. Everything else makes another group.
 """
 
+import collections
 import dataclasses
+import itertools
 import math
-from collections.abc import Hashable, Iterable, Mapping
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxlora.config.schema import Config, to_dict
+from jaxlora.config.schema import Config, find_key, to_dict
 from jaxlora.core.errors import InputError
 from jaxlora.core.tree import leaves
+
+LONGEST_NAME = 80
+"""Characters of a trial's name; a longer one becomes its number."""
 
 MAY_DIFFER = frozenset(
     """
@@ -50,6 +56,97 @@ def flat(config: Config) -> dict[str, Any]:
     return {".".join(path): value for path, value in leaves(to_dict(config))}
 
 
+def changed(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Config:
+    """A base config with other values of some keys.
+
+    Args:
+        base: whole, as nested dicts.
+        changes: dotted key -> value.
+    Raises:
+        InputError: a key that does not exist, a value that it does not take, or keys that contradict each other.
+    """
+    nested = {name: dict(child) if isinstance(child, Mapping) else child for name, child in base.items()}
+    for path, value in changes.items():
+        key = find_key(path)
+        section = nested.setdefault(path.rpartition(".")[0], {}) if "." in path else nested
+        section[key.name] = key.check(value)
+    return Config.from_dict(nested)
+
+
+def check_distinct(trials: Sequence[Trial]) -> None:
+    """Refuses two trials that would be one run twice, or would have one folder.
+
+    Raises:
+        InputError: naming the two.
+    """
+    by_config: dict[Hashable, str] = {}
+    names = collections.Counter(trial.name for trial in trials)
+    for name, count in names.items():
+        if count > 1:
+            raise InputError(f"{count} trials are called {name}: give each a name of its own, or none.")
+    for trial in trials:
+        values = {key: value for key, value in flat(trial.config).items() if not key.startswith("journal.")}
+        key = tuple((name, _hashable(value)) for name, value in values.items())
+        if (other := by_config.setdefault(key, trial.name)) != trial.name:
+            same = f"both have {told(trial.changes)}" if trial.changes else "both are the base config"
+            raise InputError(
+                f"the trials {other} and {trial.name} are the same run: {same}.\nLeave one of them out; to see how "
+                "far chance goes, give it another seed."
+            )
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+
+def named(trials: Sequence[Mapping[str, Any]], taken: Iterable[str] = ()) -> list[str]:
+    """A name for each trial, short, readable and fit for a folder, from what makes it differ.
+
+    {"optim.learning_rate": 2e-4, "lora.rank": 16} is "learning_rate=0.0002,rank=16".
+
+    Args:
+        trials: their changes, dotted key -> value.
+        taken: names that others have already.
+    """
+    used, names = set(taken), []
+    for number, changes in enumerate(trials, len(used) + 1):
+        name = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", told(changes, trials)) or "base"
+        if len(name) > LONGEST_NAME:
+            name = f"trial-{number:02}"
+        others = (f"{name}-{copy}" for copy in itertools.count(2))
+        names.append(next(free for free in itertools.chain([name], others) if free not in used))
+        used.add(names[-1])
+    return names
+
+
+def told(changes: Mapping[str, Any], among: Iterable[Mapping[str, Any]] = ()) -> str:
+    """Changes in short, but for what only the journal reads: "learning_rate=0.0002,rank=16".
+
+    Args:
+        among: the changes of all trials: keys whose last words coincide there are written out.
+    """
+    keys = {key for trial in (changes, *among) for key in trial}
+    words = collections.Counter(key.rpartition(".")[2] for key in keys)
+    return ",".join(
+        f"{key if words[key.rpartition('.')[2]] > 1 else key.rpartition('.')[2]}={shown(value)}"
+        for key, value in changes.items()
+        if not key.startswith("journal.")
+    )
+
+
+def shown(value: Any) -> str:
+    """A value as a person would write it: 0.0002, 2e-05, true, none, q_proj+v_proj, the last part of a path."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, float):
+        return short if float(short := f"{value:g}") == value else repr(value)
+    if isinstance(value, list | tuple):
+        return "+".join(map(shown, value))
+    return str(value).rstrip("/").rpartition("/")[2]
+
+
+# ---- groups --------------------------------------------------------------------------------------------------------
+
+
 def stack_key(config: Config) -> Hashable:
     """Equal for trials that may be one stack.
 
@@ -73,6 +170,9 @@ def groups(trials: Iterable[Trial]) -> list[tuple[Trial, ...]]:
 
 def _hashable(value: Any) -> Hashable:
     return tuple(value) if isinstance(value, list) else value
+
+
+# ---- halving -------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
