@@ -85,6 +85,11 @@ def fine_tune(
     """
     from jaxlora.runs.progress import Progress
 
+    if config.mesh.trial != 1:
+        raise InputError(
+            f"mesh.trial = {config.mesh.trial} spreads the trials of a sweep over devices, and this is a run alone.\n"
+            "Set --config.mesh.trial=1; mesh.data, mesh.fsdp and mesh.tensor share out its rows and matrices."
+        )
     launch.keep_stdout(started)
     with Progress() as progress, contextlib.ExitStack() as stack:
         with progress.stage("starting JAX"):

@@ -37,7 +37,7 @@ def test_what_becomes_of_each(undisturbed):
     ends = {
         name: (record(undisturbed, name)["status"], record(undisturbed, name)["steps"]) for name in TRIALS
     }
-    assert ends.pop("stops") == ("stopped_early", 4)
+    assert ends.pop("stops") == ("stopped_early", 2)
     status, step = ends.pop("diverges")
     assert (status, step < 7) == ("diverged", True)
     dropped = [name for name in ends if ends[name] == ("preempted", 7)]

@@ -157,6 +157,7 @@ class _Group:
                 halving.check(trial, total)
             self._prepared[trial.name] = Prepared(trial, data, total, given)
         first = self._prepared[trials[0].name]
+        self._start: programs.Starter | None = None
         self._answers = wiring.answers(trials[0].config, model, first.data, progress.say)
 
     def train(self, at_once: int, asked_to_leave: Callable[[], bool]) -> None:
@@ -166,28 +167,35 @@ class _Group:
         ]
         known = {name for _, names in stacks for name in names}
         fresh = [name for name in self._prepared if name not in known]
-        largest = max((len(names) for _, names in stacks), default=0)
         if asked_to_leave():
             return
         for name in self._prepared:
             if not self._ended(name):
                 self._board.state(name, "compiling")
         if fresh:
-            fitted = self._fit(list(self._prepared), fresh, at_once)
+            fitted = self._fit(len(fresh), at_once)
             new = _waves(fresh, fitted.at_once)
             first = len(self._ledger.stacks)
             self._ledger.add_stacks(new)
             stacks += [(first + i, names) for i, names in enumerate(new)]
         else:
-            fitted = self._fit(list(self._prepared), [], largest)
+            largest = max(len(self._left(names)) for _, names in stacks)
+            fitted = self._fit(largest, largest)
         for number, names in stacks:
             if not all(map(self._ended, names)) and not asked_to_leave():
                 self._train(number, names, fitted, asked_to_leave)
 
-    def _fit(self, names: Sequence[str], fresh: Sequence[str], at_once: int) -> stacking.Fitted:
-        members = [self._prepared[name] for name in names]
+    def _fit(self, trials: int, at_once: int) -> stacking.Fitted:
+        members = self._prepared.values()
         form = stacking.form([m.trial.config for m in members], self._model, [m.total for m in members])
-        return stacking.fit(form, len(fresh) or at_once, at_once, self._answers, self._progress)
+        return stacking.fit(form, trials, at_once, self._answers, self._progress)
+
+    def _left(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The trials that have a slot where a stack goes on, as far as the records know; () where all have ended."""
+        outcomes = {name: _outcome(self._folder, self._prepared[name].trial, self._ledger) for name in names}
+        made = [outcome.step for outcome in outcomes.values() if not outcome.ended]
+        ended = {name: self._ended_at(name) for name in names if outcomes[name].ended}
+        return layout(names, ended, min(made), sharding.trial_devices(self._model.mesh)) if made else ()
 
     def _ended(self, name: str) -> bool:
         return _outcome(self._folder, self._prepared[name].trial, self._ledger).ended
@@ -198,7 +206,6 @@ class _Group:
         """Trains one stack to the ends of its trials."""
         progress, model = self._progress, self._model
         base = self._bases.base(fitted.form.config, model, progress)
-        start = programs.Starter(model, base)
         ended = {name: self._ended_at(name) for name in names if self._ended(name)}
         parts = sharding.trial_devices(model.mesh)
         with contextlib.ExitStack() as files:
@@ -211,7 +218,7 @@ class _Group:
                             self._folder,
                             model,
                             base,
-                            start,
+                            self._starter(base),
                             fitted,
                             self._board,
                             progress,
@@ -263,6 +270,11 @@ class _Group:
                 for trial in opened.values():
                     trial.fail(error)
                 raise
+
+    def _starter(self, base: Any) -> programs.Starter:
+        """One for all stacks of the group: their trials' first states are made by the same programs."""
+        self._start = self._start or programs.Starter(self._model, base)
+        return self._start
 
     def _ended_at(self, name: str) -> int:
         """The step of its stack at which a trial ended."""
