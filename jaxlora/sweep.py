@@ -284,7 +284,7 @@ class _Command:
             rows.append(("try it", f"python -m jaxlora.generate --run {shlex.quote(str(winner))}"))
         if not unfinished:
             rows += [("next" if not i else "", line) for i, line in enumerate(advice(places))]
-        if fresh and (line := self._time()):
+        if fresh and not unfinished and (line := self._time()):
             rows.append(("time", line))
         rows.append(("curves", f"tensorboard --logdir {shlex.quote(str(self.path))}"))
         rows.append(("to go on" if unfinished else "again", self.command))
@@ -319,8 +319,8 @@ class _Command:
         steps = sum(row.total if row.state == "dropped" else row.step for row in board.rows.values())
         alone = len(board.rows) * start + steps * a_step
         return (
-            f"{duration(whole)}; one after another an estimated {duration(alone)}: {len(board.rows)} times "
-            f"{start:.0f} s until the first step, then {steps:,} steps of {1000 * a_step:.1f} ms, each as dear as here"
+            f"{duration(whole)}; one after another an estimated {duration(alone)} ({len(board.rows)} x {start:.0f} s until "
+            f"the first step, {steps:,} x {1000 * a_step:.1f} ms a step)"
         )
 
 
