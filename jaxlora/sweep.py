@@ -319,8 +319,8 @@ class _Command:
         steps = sum(row.total if row.state == "dropped" else row.step for row in board.rows.values())
         alone = len(board.rows) * start + steps * a_step
         return (
-            f"{duration(whole)}; one after another an estimated {duration(alone)} ({len(board.rows)} x {start:.0f} s until "
-            f"the first step, {steps:,} x {1000 * a_step:.1f} ms a step)"
+            f"{duration(whole)}; one after another an estimated {duration(alone)} ({len(board.rows)} x {start:.0f} s "
+            f"until the first step, {steps:,} x {1000 * a_step:.1f} ms a step)"
         )
 
 

@@ -96,7 +96,7 @@ def test_the_ranking_the_winner_and_the_next_sweep_are_told(call, tmp_path):
     )
     assert "the best was still getting better at its last step, 20" in out
     assert re.search(
-        r"time +\d.*one after another an estimated .*: 3 times .* until the first step, then 60 steps", out
+        r"time +\d.* an estimated .* \(3 x \d+ s until the first step, 60 x [\d.]+ ms a step\)", out
     )
 
 
