@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # what is slow to import is imported where it is used, so tha
     from jaxlora.runs.progress import Progress
 
 
+FREE = "mesh."
+"""Keys in which a sweep that goes on may differ: they say where it is computed."""
+
 SHOWN_METRICS = ("eval/nll", "train/nll", "train_eval/nll", "eval/token_accuracy")
 """What TensorBoard's HParams tab shows of each trial."""
 
@@ -99,7 +102,13 @@ def _check_same_sweep(path: Path, sweep: Sweep) -> None:
     now, before = described(sweep), noted.get("sweep")
     if before is not None:
         lost = [name for name, changes in before["trials"].items() if now["trials"].get(name) != changes]
-        what = [f"sweep.{name}" for name in ("halving", "search") if now[name] != before[name]]
+        keys = [
+            key
+            for key in now["base"]
+            if not key.startswith(FREE) and now["base"][key] != before["base"].get(key)
+        ]
+        what = [f"base.{key}" for key in keys[:2]]
+        what += [f"sweep.{name}" for name in ("halving", "search") if now[name] != before[name]]
         if lost:
             what.append(f"trial {lost[0]}" + (f" and {len(lost) - 1} more" if lost[1:] else ""))
         if what:

@@ -352,7 +352,7 @@ def described(sweep: Sweep) -> dict[str, Any]:
     """The sweep as JSON values, whole, for its folder: what a repeated command is compared with."""
     halving = dataclasses.asdict(sweep.halving) if sweep.halving else None
     search = dataclasses.asdict(sweep.search) if sweep.search else None
-    told = {"at_once": sweep.at_once, "halving": halving, "search": search}
+    told = {"base": flat(sweep.base), "at_once": sweep.at_once, "halving": halving, "search": search}
     return json.loads(
         json.dumps(told | {"trials": {trial.name: dict(trial.changes) for trial in sweep.trials}})
     )

@@ -258,6 +258,14 @@ def test_a_folder_goes_on_with_its_own_sweep_alone(call, lines, said):
     assert said in err
 
 
+def test_another_base_is_another_sweep_but_on_other_devices_it_is_the_same(call):
+    call(RATES)
+    assert call(RATES, flags=["--config.base.mesh.data=1"])[0] == 0
+    code, _, err = call(RATES, flags=["--config.base.train.max_steps=30"])
+    assert code == 2
+    assert "holds another sweep: base.train.max_steps is not what it was" in err
+
+
 def test_trials_may_be_added(call, stand_in):
     call(RATES)
     code, out, _ = call(RATES.replace("1e-2]", "1e-2, 2e-2]"))
