@@ -1,7 +1,7 @@
 """What a stack of trials computes with, compiled from shapes, and how many of them fit."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +41,11 @@ class Form:
     like: TrainState
     own_batches: bool
     dropout: bool
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for forms of one group that have the same program."""
+        return (*sorted(stack.ranks_of(self.like).items()), self.own_batches, self.dropout)
 
 
 @dataclasses.dataclass(frozen=True)

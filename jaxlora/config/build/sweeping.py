@@ -158,6 +158,7 @@ class _Group:
             self._prepared[trial.name] = Prepared(trial, data, total, given)
         first = self._prepared[trials[0].name]
         self._start: programs.Starter | None = None
+        self._fitted: dict[Any, stacking.Fitted] = {}
         self._answers = wiring.answers(trials[0].config, model, first.data, progress.say)
 
     def train(self, at_once: int, asked_to_leave: Callable[[], bool]) -> None:
@@ -173,22 +174,21 @@ class _Group:
             if not self._ended(name):
                 self._board.state(name, "compiling")
         if fresh:
-            fitted = self._fit(len(fresh), at_once)
-            new = _waves(fresh, fitted.at_once)
+            new = _waves(fresh, self._fit(fresh, len(fresh), at_once).at_once)
             first = len(self._ledger.stacks)
             self._ledger.add_stacks(new)
             stacks += [(first + i, names) for i, names in enumerate(new)]
-        else:
-            largest = max(len(self._left(names)) for _, names in stacks)
-            fitted = self._fit(largest, largest)
         for number, names in stacks:
-            if not all(map(self._ended, names)) and not asked_to_leave():
-                self._train(number, names, fitted, asked_to_leave)
+            if (left := len(self._left(names))) and not asked_to_leave():
+                self._train(number, names, self._fit(names, left, left), asked_to_leave)
 
-    def _fit(self, trials: int, at_once: int) -> stacking.Fitted:
-        members = self._prepared.values()
+    def _fit(self, names: Sequence[str], trials: int, at_once: int) -> stacking.Fitted:
+        """What these are trained with: a stack's own trials decide, so that others that are added change nothing."""
+        members = [self._prepared[name] for name in names]
         form = stacking.form([m.trial.config for m in members], self._model, [m.total for m in members])
-        return stacking.fit(form, trials, at_once, self._answers, self._progress)
+        if form.key not in self._fitted:
+            self._fitted[form.key] = stacking.fit(form, trials, at_once, self._answers, self._progress)
+        return self._fitted[form.key]
 
     def _left(self, names: Sequence[str]) -> tuple[str, ...]:
         """The trials that have a slot where a stack goes on, as far as the records know; () where all have ended."""

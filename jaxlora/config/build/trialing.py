@@ -95,7 +95,7 @@ class _Shown:
         self._board.step(self._name, step, self._total)
 
     def train(self, step: int, /, **values: float) -> None:
-        self._board.train(self._name, **values)
+        self._board.train(self._name, step=step, **values)
 
     def eval(self, done: int, total: int, /) -> None:
         self._board.state(self._name, "training", f"evaluating {done / total:.0%}" if done < total else "")
