@@ -86,12 +86,15 @@ class Lockstep:
         made = 0
         for lane in self.lanes:
             self._go_on(lane)
+        # Asked once for each step, between the step and what the courses make of it: who is told saves. A request that
+        # comes while they do would find trials that have made a step and not saved it.
+        self.leaving = self._company.asked_to_leave()
         while alive := [lane for lane in self.lanes if not isinstance(lane.wish, Stop)]:
-            # ---- trials that are compared with each other, as soon as all are there
-            self.leaving = self.leaving or self._company.asked_to_leave()
             if self.leaving:
                 self._leave(alive)
                 continue
+
+            # ---- trials that are compared with each other, as soon as all are there
             stepping = {lane: lane.wish for lane in alive if isinstance(lane.wish, int)}
             if self._compare(alive, bool(stepping)):
                 continue

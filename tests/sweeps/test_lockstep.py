@@ -50,7 +50,7 @@ def course(total, first=0, rungs=(), back=None, ends=None):
 class Told:
     """A run of lanes: what the stack was asked for, and how each ended."""
 
-    def __init__(self, courses: Mapping, totals: Mapping, decided=(), stops=None, leave_at=None):
+    def __init__(self, courses: Mapping, totals: Mapping, decided=(), stops=None, leave_at=None, asked=()):
         self.ended: dict[str, tuple[str, int]] = {}
         self.stack = Steps(courses)
         self.compared: list[tuple[int, list[str], int]] = []
@@ -76,7 +76,7 @@ class Told:
             compare,
             lambda number: number in decided,
             on_end,
-            lambda: leave_at is not None and len(self.stack.made) >= leave_at,
+            lambda: bool(asked) or (leave_at is not None and len(self.stack.made) >= leave_at),
         )
         lockstep = Lockstep(self.stack, company)
         gone: set[str] = set()
@@ -165,3 +165,27 @@ def test_all_leave_after_the_same_step():
     assert told.lockstep.leaving
     assert [at for _, at in told.steps()] == [{"a": 1, "c": 1}, {"a": 2}]
     assert {name: status for name, (status, _) in told.ended.items()} == dict.fromkeys("abc", "preempted")
+
+
+def test_a_request_that_comes_while_trials_save_waits_for_the_next_step():
+    """As a signal mostly does: a trial that has made a step leaves by itself, having saved it, or it would be lost."""
+    asked, saved, told = [], [], []
+
+    def saving(name, total):
+        for step in range(1, total + 1):
+            yield step
+            if told[0].lockstep.leaving:
+                saved.append((name, step))
+                return Stop("preempted", "saved")
+            if (name, step) == ("a", 2):
+                asked.append("SIGTERM")
+        return Stop("finished", "all done")
+
+    class Noted(Told):
+        def __init__(self, *args, **named):
+            told.append(self)
+            super().__init__(*args, **named)
+
+    found = Noted({name: saving(name, 9) for name in "ab"}, {"a": 9, "b": 9}, asked=asked)
+    assert saved == [("a", 3), ("b", 3)]
+    assert found.ended == {"a": ("preempted", 3), "b": ("preempted", 3)}
