@@ -1,54 +1,74 @@
 """Fine-tune one adapter: python -m jaxlora.train --config configs/quickstart.py"""
 
 import contextlib
+import dataclasses
 import os
 import shlex
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxlora.config.load import CommandParser, add_config_argument, config_name, load_config, parse_arguments
-from jaxlora.config.schema import Config, to_dict
+from jaxlora.config.load import (
+    CommandParser,
+    add_config_argument,
+    changed_config,
+    config_name,
+    load_config,
+    parse_arguments,
+)
+from jaxlora.config.schema import Config
 from jaxlora.core import cli
 from jaxlora.core.errors import InputError
 from jaxlora.parallel import launch
+from jaxlora.runs.directory import ENDED, RunDirectory
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help answers at once
     from jaxlora.config.build.inputs import Data, Model
     from jaxlora.lora.spec import LoraSpec
     from jaxlora.parallel.watch import Watch
     from jaxlora.runs.checkpoints import Checkpoints
-    from jaxlora.runs.directory import RunDirectory
     from jaxlora.runs.progress import Progress
     from jaxlora.training.state import TrainState
-
-ENDED = ("finished", "stopped_early", "diverged")
-"""Statuses of a run that has nothing left to do."""
 
 
 def main(argv: Sequence[str]) -> int:
     parser = CommandParser(
         prog="python -m jaxlora.train",
-        description="Fine-tune a LoRA adapter. The same command with the same --workdir goes on where it stopped.",
+        description="Fine-tune a LoRA adapter. The same command with the same --workdir goes on where it stopped; so "
+        "does --workdir alone,\nby the config in that folder.",
     )
-    add_config_argument(parser)
+    add_config_argument(parser, required=False)
     parser.add_argument(
         "--workdir", type=Path, help="the run's folder (default: runs/<MonDD_HH-MM-SS>_<config>)"
     )
     launch.add_arguments(parser)
     arguments, overrides = parse_arguments(parser, argv)
-    config = load_config(arguments.config, overrides)
+    config = _config(arguments.config, arguments.workdir, overrides)
     typed = [*overrides, *launch.typed(arguments)]
     started = launch.of(arguments, os.environ)
     return fine_tune(config, arguments.workdir, arguments.config, typed, started)
 
 
+def _config(argument: str | None, workdir: Path | None, overrides: Sequence[str]) -> Config:
+    """The config that was named, or that of the run in the folder.
+
+    Raises:
+        InputError: neither was given, or what `load_config` raises.
+    """
+    if argument is not None:
+        return load_config(argument, overrides)
+    if workdir is None:
+        raise InputError(
+            "which config? Give --config FILE.py for a new run, or --workdir FOLDER alone to go on with the run there."
+        )
+    return changed_config(RunDirectory.read(workdir).config, overrides)
+
+
 def fine_tune(
     config: Config,
     workdir: Path | None,
-    config_argument: str,
+    config_argument: str | None,
     overrides: Sequence[str] = (),
     started: launch.Launch | None = None,
 ) -> int:
@@ -57,7 +77,7 @@ def fine_tune(
     Args:
         config: the run.
         workdir: its folder, or None for a new one named by the time.
-        config_argument, overrides: what was typed, for the commands that are printed.
+        config_argument, overrides: what was typed, for the commands that are printed; None: the folder's own config.
         started: as one of several processes; None where neither flags nor environment say so.
     Returns:
         The exit code: 0 when finished, stopped early, diverged (as far as a run can) or saved on request; 1 when the
@@ -65,6 +85,11 @@ def fine_tune(
     """
     from jaxlora.runs.progress import Progress
 
+    if config.mesh.trial != 1:
+        raise InputError(
+            f"mesh.trial = {config.mesh.trial} spreads the trials of a sweep over devices, and this is a run alone.\n"
+            "Set --config.mesh.trial=1; mesh.data, mesh.fsdp and mesh.tensor share out its rows and matrices."
+        )
     launch.keep_stdout(started)
     with Progress() as progress, contextlib.ExitStack() as stack:
         with progress.stage("starting JAX"):
@@ -80,8 +105,9 @@ def fine_tune(
         if not exchange.first():
             progress.mute()
         several.check_same(config)
-        path = several.run_path(workdir, config_name(config_argument))
-        arguments = ["--config", config_argument, *overrides, "--workdir", str(path)]
+        named = [] if config_argument is None else ["--config", config_argument]
+        path = several.run_path(workdir, config_name(config_argument) if config_argument else "")
+        arguments = [*named, *overrides, "--workdir", str(path)]
         command = f"python -m jaxlora.train {shlex.join(arguments)}"
         # An existing folder is looked at before anything slow: it may hold another run, or a finished one.
         run = several.existing_run(path, config)
@@ -107,13 +133,11 @@ def _fine_tune(
     with progress.stage("looking for the devices"):
         import jax
 
-        from jaxlora.config.build import guarding, inputs, memory, programs, several, wiring
+        from jaxlora.config.build import inputs, memory, programs, running, several, wiring
         from jaxlora.parallel import exchange
         from jaxlora.runs.checkpoints import Checkpoints
         from jaxlora.runs.writers import Writers
-        from jaxlora.training.events import Standing
         from jaxlora.training.loop import Program, train
-        from jaxlora.training.recording import Recorder
 
         jax.devices()
 
@@ -128,7 +152,7 @@ def _fine_tune(
     facts = wiring.facts(config, model, data)
     exchange.agreed("data", facts["data"])
     if run:
-        _check_same_data(run, facts["data"])
+        running.check_same_data(run, facts["data"])
     progress.total_steps = total
 
     # ---- compile, and refuse what does not fit, before the base is loaded
@@ -139,49 +163,34 @@ def _fine_tune(
     data = memory.with_eval_rows(data, fitted.config.eval.batch_size)
     with progress.stage("loading the base") as stage:
         base = inputs.base(model, stage)
+
+    def first_state() -> "TrainState":
+        return programs.first_state(config, model, total, base, given)
+
     with progress.stage("making the adapter"):
-        state = programs.first_state(config, model, total, base, given)
+        state = first_state()
 
     run = run or several.open_run(path, config)
     if watch:
         watch.outlook = several.outlook(run)
     with run, Checkpoints(run.checkpoints, config.checkpoint.keep) as checkpoints, Writers(run) as writers:
-        # ---- go on where the run stopped
-        standing = Standing()
-        if run.resumed:
-            restored = checkpoints.restore(state)
-            for line in checkpoints.skipped:
-                progress.say(line)
-            if restored:
-                state, standing = restored.state, Standing.from_json(restored.host)
-            run.truncate(restored.step if restored else -1, standing.excluded)
-            checkpoints.truncate(restored.step if restored else 0)
-            progress.say(
-                f"going on after step {restored.step}"
-                if restored
-                else "starting afresh: nothing was saved yet"
-            )
+        state, standing = running.gone_on(run, checkpoints, state, progress.say)
 
         # ---- train
         _tell_plan(config, model, data, state, total, str(fitted), path, command, progress)
-        recorder = Recorder(
-            run, writers, checkpoints, standing, programs.lora_spec(config), model.files, facts, progress.say
-        )
-        writers.hparams(to_dict(config))
-        recorder.record("running", None)
+        score = wiring.scorer(fitted.config, model, data, compiled, base, progress)
+        evaluator = wiring.evaluator(config, score, compiled.effective, base, answers, progress)
+        ready = running.wired(
+            config, model, data, total, run, writers, checkpoints, standing, facts, evaluator, first_state, progress
+        )  # fmt: skip
+        recorder = ready.recorder
         if watch:
             watch.on_end = lambda reason: recorder.record("failed", reason)
-        evaluator = wiring.evaluator(fitted.config, model, data, compiled, base, answers, progress)
-        events = wiring.events(config, data, total, evaluator, recorder, progress)
-        batch = guarding.batches(config, model, data, standing)
-        rollback = guarding.rollback(
-            config, recorder, lambda: programs.first_state(config, model, total, base, given), progress.begin
-        )
         with _leaving_on_request(progress, notify, checkpoints, int(state.step)) as asked:
-            program = Program(compiled.train, base, batch, total, rollback, asked, several.decided)
+            program = Program(compiled.train, base, ready.batch, ready.rollback)
             progress.begin(int(state.step))
             try:
-                state, end = train(program, state, standing, events)
+                state, end = train(program, dataclasses.replace(ready.course, asked_to_leave=asked), state)
             except BaseException as error:
                 recorder.record("failed", f"{type(error).__name__}: {error}".splitlines()[0])
                 raise
@@ -203,27 +212,11 @@ def _fine_tune(
         return exchange.from_first(lambda: cli.EXIT_FAILED if lost else cli.EXIT_OK)
 
 
-def _check_same_data(run: "RunDirectory", data: dict[str, Any]) -> None:
-    """A run goes on with the data it began with, or not at all.
-
-    Raises:
-        InputError: their fingerprints differ.
-    """
-    began = run.record.get("data", data)
-    changed = [name for name in data if data[name] != began.get(name)]
-    if changed:
-        names = " and ".join(f"data.{name}" for name in changed)
-        raise InputError(
-            f"{run.path} began with other data: {names} changed since.\nPut the old data back, or begin a new run "
-            "with another --workdir."
-        )
-
-
 @contextmanager
 def _leaving_on_request(
     progress: "Progress", notify: Callable[[], None] | None, checkpoints: "Checkpoints", first: int
 ) -> Iterator[Callable[[int], bool]]:
-    """While open, SIGTERM and SIGINT ask the run to save and end; a second one ends it at once.
+    """While open, SIGTERM and SIGINT ask the run to save and end, see `cli.leaving_on_request`.
 
     Args:
         notify: of `processes.join`: where several processes may train together, a request goes out to all of them, and
@@ -232,29 +225,12 @@ def _leaving_on_request(
     Returns:
         Takes the number of each step; whether to leave after it.
     """
-    received: list[int] = []
-
-    def ask(number: int, _frame: Any) -> None:
-        if received:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        received.append(number)
-        progress.say(
-            f"{signal.Signals(number).name}: saving after this step and leaving (once more: at once)"
-        )
-        if notify:
-            notify()
-
     if notify:
         checkpoints.reached_preemption(
             first
         )  # the step to leave after is counted from the last one asked about
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield checkpoints.reached_preemption if notify else lambda _: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with cli.leaving_on_request(progress.say, notify or (lambda: None)) as asked:
+        yield checkpoints.reached_preemption if notify else lambda _: asked()
 
 
 # ---- what a person reads ------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ FLOORS = (
     {"jaxlora.runs"},
     {"jaxlora.training"},
     {"jaxlora.sweeps"},
+    {"jaxlora.config.sweep"},
     {"jaxlora.config.build"},
     {f"jaxlora.{command}" for command in COMMANDS},
     {"configs", "launch"},
@@ -36,6 +37,7 @@ ONLY_IN = {
     "orbax": ("jaxlora.runs.checkpoints",),
     "clu": ("jaxlora.runs.writers",),
     "tensorflow": ("jaxlora.runs.writers",),
+    "optuna": ("jaxlora.sweeps.search",),
     "torch": (),
 }
 
@@ -54,10 +56,23 @@ NEVER_REACHES = {
 }
 
 # Too slow to load before --help has been answered; commands import these inside functions.
-SLOW = ("jax", "flax", "optax", "orbax", "transformers", "datasets", "clu", "tensorflow", "torch", "rich")
+SLOW = (
+    "jax",
+    "flax",
+    "optax",
+    "orbax",
+    "transformers",
+    "datasets",
+    "clu",
+    "tensorflow",
+    "torch",
+    "rich",
+    "optuna",
+)
 QUICK = (
     "jaxlora.config.schema",
     "jaxlora.config.load",
+    "jaxlora.config.sweep",
     *(f"jaxlora.{command}" for command in sorted(COMMANDS)),
 )
 

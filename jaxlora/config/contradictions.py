@@ -46,7 +46,7 @@ def _steps(config: "Config") -> None:
 
 
 def _mesh(config: "Config") -> None:
-    rest = [name for name in ("data", "fsdp", "tensor") if getattr(config.mesh, name) == -1]
+    rest = [name for name in ("trial", "data", "fsdp", "tensor") if getattr(config.mesh, name) == -1]
     if len(rest) > 1:
         raise InputError(
             f"{' and '.join(f'mesh.{name}' for name in rest)} are -1: only one axis can take all the rest.\n"

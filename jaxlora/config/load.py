@@ -15,13 +15,14 @@ import sys
 import textwrap
 import traceback
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
-from jaxlora.config.schema import KEYS, SECTIONS, Config, nearest_key, unknown_key
+from jaxlora.config.keys import Key
+from jaxlora.config.schema import KEYS, SECTIONS, Config, find_key, nearest_key
 from jaxlora.core.errors import InputError
 
 _MODULE = "jaxlora_config_file"
@@ -53,11 +54,19 @@ def load_config(argument: str, overrides: Sequence[str] = ()) -> Config:
         InputError: the file is missing, fails or returns no config, it does not take the parameter or does not know
             it, or a key is unknown, of the wrong type or impossible.
     """
-    path, parameter = _split(argument)
-    plain = _call_get_config(path, parameter)
-    for override in overrides:
-        _override(plain, override)
+    return changed_config(read_config(argument), overrides)
+
+
+def changed_config(plain: dict[str, Any], overrides: Sequence[str]) -> Config:
+    """Applies overrides to nested plain dicts, and checks the result; errors as of `load_config`."""
+    for flag in overrides:
+        override(plain, flag)
     return Config.from_dict(plain)
+
+
+def read_config(argument: str) -> dict[str, Any]:
+    """What a config file's `get_config` returns, as nested plain dicts; not checked yet. Arguments as `load_config`."""
+    return _call_get_config(*_split(argument))
 
 
 def config_name(argument: str) -> str:
@@ -88,6 +97,7 @@ def _call_get_config(path: Path, parameter: str | None) -> dict[str, Any]:
         raise InputError(_unreadable(path, error)) from None
     module = types.ModuleType(_MODULE)
     module.__file__ = str(path)
+    outer = sys.modules.get(_MODULE)  # a config file may read another one
     sys.modules[_MODULE] = module  # dataclasses and pickling look a class's module up by name
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
@@ -104,6 +114,8 @@ def _call_get_config(path: Path, parameter: str | None) -> dict[str, Any]:
         raise InputError(_failure(path, error)) from error
     finally:
         sys.modules.pop(_MODULE, None)
+        if outer is not None:
+            sys.modules[_MODULE] = outer
     if isinstance(config, ConfigDict):
         return dict(config.to_dict())
     if isinstance(config, Mapping):
@@ -161,7 +173,8 @@ def _arguments(path: Path, get_config: Any, parameter: str | None) -> tuple[str,
     return ()
 
 
-def _override(plain: dict[str, Any], flag: str) -> None:
+def override(plain: dict[str, Any], flag: str) -> None:
+    """Sets what a flag `--config.KEY=VALUE` says in nested dicts; errors as of `load_config`."""
     match = re.fullmatch(r"--config\.([^=]+)=(.*)", flag, re.DOTALL)
     if match is None:
         raise InputError(
@@ -173,9 +186,7 @@ def _override(plain: dict[str, Any], flag: str) -> None:
             f"{flag}: {path} is a group of keys.\n"
             f"Set one of {', '.join(key for key in KEYS if key.startswith(f'{path}.'))}."
         )
-    if path not in KEYS:
-        raise unknown_key(path)
-    key = KEYS[path]
+    key = find_key(path)
     section = plain.setdefault(path.rpartition(".")[0], {}) if "." in path else plain
     if not isinstance(section, dict):  # the file put a value in the section's place; the schema says so
         return
@@ -203,7 +214,9 @@ class CommandParser(argparse.ArgumentParser):
         return f": did you mean {near[0]}?" if near else ""
 
 
-def add_config_argument(parser: argparse.ArgumentParser, required: bool = True) -> None:
+def add_config_argument(
+    parser: argparse.ArgumentParser, required: bool = True, keys: Mapping[str, Key] = KEYS
+) -> None:
     """Gives a command `--config FILE[:PARAMETER]`, and lists every config key under its `--help`."""
     parser.add_argument(
         "--config",
@@ -211,17 +224,18 @@ def add_config_argument(parser: argparse.ArgumentParser, required: bool = True) 
         required=required,
         help="the config; any key of it is set with --config.KEY=VALUE",
     )
-    parser.epilog = "\n\n".join(filter(None, (parser.epilog, keys_help())))
+    parser.epilog = "\n\n".join(filter(None, (parser.epilog, keys_help(keys))))
 
 
 def parse_arguments(
-    parser: argparse.ArgumentParser, argv: Sequence[str]
+    parser: argparse.ArgumentParser, argv: Sequence[str], find: Callable[[str], Key] = find_key
 ) -> tuple[argparse.Namespace, tuple[str, ...]]:
     """Parses a command line that may hold `--config.KEY=VALUE`, `--config.KEY VALUE` or a bare `--config.SWITCH`.
 
     Args:
         parser: the command's parser, with what `add_config_argument` adds.
         argv: the arguments, without the program's name.
+        find: the key of a dotted name; raises an `InputError` for one that does not exist.
     Returns:
         The namespace, and the overrides for `load_config`, each as `--config.KEY=VALUE`.
     Raises:
@@ -237,23 +251,20 @@ def parse_arguments(
             continue
         if "=" not in word:
             path = word.removeprefix("--config.")
-            if path not in KEYS:
-                raise unknown_key(path)
+            key = find(path)
             bare = not words or words[0].startswith("--")
-            if bare and KEYS[path].kind is not bool:
-                raise InputError(
-                    f"{word} has no value: it must be {KEYS[path].allowed.words}.\n{KEYS[path].remedy}"
-                )
+            if bare and key.kind is not bool:
+                raise InputError(f"{word} has no value: it must be {key.allowed.words}.\n{key.remedy}")
             word = f"{word}={'true' if bare else words.pop(0)}"
         overrides.append(word)
     return parser.parse_args(rest), tuple(overrides)
 
 
-def keys_help() -> str:
+def keys_help(keys: Mapping[str, Key] = KEYS) -> str:
     """Every public key with its default and its meaning, one paragraph a section."""
     lines = ["config keys, set in the config file or as --config.KEY=VALUE:"]
     section = None
-    for key in KEYS.values():
+    for key in keys.values():
         if (name := key.path.rpartition(".")[0]) != section:
             section = name
             lines.append("")

@@ -256,6 +256,7 @@ class MeshConfig(Section):
     data: int = setting(-1, "devices that split the rows", keys.AXIS)
     fsdp: int = setting(1, "devices that split the rows and the parameters", keys.AXIS)
     tensor: int = setting(1, "devices that split each matrix product", keys.AXIS)
+    trial: int = setting(1, "in a sweep: devices, or groups of them, that split the trials", keys.AXIS)
     memory_gb: float = setting(
         0.0, "memory of a device that a run may take, in GB (1e9 bytes); 0 asks the device", keys.NOT_NEGATIVE
     )
@@ -374,6 +375,17 @@ def nearest_key(path: str) -> str | None:
         if found:
             return found[0] if candidates is KEYS else by_word[found[0]]
     return None
+
+
+def find_key(path: str) -> Key:
+    """The key of a dotted name.
+
+    Raises:
+        InputError: there is no such key.
+    """
+    if path not in KEYS:
+        raise unknown_key(path)
+    return KEYS[path]
 
 
 def unknown_key(path: str) -> InputError:

@@ -1,7 +1,10 @@
 """How every command ends: exit codes, and one clear line for wrong input."""
 
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from jaxlora.core.errors import InputError
 
@@ -25,3 +28,32 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         print(file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(EXIT_OK if code is None else code)
+
+
+@contextmanager
+def leaving_on_request(
+    say: Callable[[str], None], pass_on: Callable[[], None] = lambda: None
+) -> Iterator[Callable[[], bool]]:
+    """While open, SIGTERM and SIGINT ask the work to save and end; a second one ends it at once.
+
+    Args:
+        say: takes a line for the person. pass_on: tells others of the request.
+    Returns:
+        Whether there was a request.
+    """
+    received: list[int] = []
+
+    def ask(number: int, _frame: Any) -> None:
+        if received:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        received.append(number)
+        say(f"{signal.Signals(number).name}: saving after this step and leaving (once more: at once)")
+        pass_on()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,5 +1,6 @@
 """Encoded examples in flat arrays, and batches of them as a pure function of (seed, step)."""
 
+import copy
 import hashlib
 import json
 import os
@@ -326,6 +327,12 @@ class Batches(_Rows):
             -1,
             np.zeros(0, np.int64),
         )  # the epoch last asked for, so as not to draw it at each step
+
+    def with_seed(self, seed: int) -> "Batches":
+        """The same rows in another order."""
+        other = copy.copy(self)
+        other.seed, other._order = seed, (-1, np.zeros(0, np.int64))
+        return other
 
     @property
     def steps_per_epoch(self) -> int:

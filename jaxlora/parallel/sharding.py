@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlora.core.errors import InputError
 from jaxlora.core.spread import Spread
 from jaxlora.core.tree import Path, map_leaves
+from jaxlora.parallel.mesh import TRIALS
 
 PARAMETERS: dict[str, tuple[str | None, ...]] = {
     # module's name: the logical axes of its kernel or embedding, without the leading axis of layers
@@ -150,3 +151,13 @@ def cache_sharding(mesh: Mesh, num_kv_heads: int) -> NamedSharding:
 def row_devices(mesh: Mesh) -> int:
     """How many shares the rows of a batch are cut into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def of_trials(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
+    """A placement with a leading axis of trials before it, parted over `TRIALS` where the mesh has it."""
+    return NamedSharding(mesh, PartitionSpec(TRIALS if trial_devices(mesh) > 1 else None, *spec))
+
+
+def trial_devices(mesh: Mesh) -> int:
+    """How many parts a sweep's trials are in, each with a base of its own."""
+    return mesh.shape.get(TRIALS, 1)

@@ -25,6 +25,9 @@ from jaxlora.core.errors import InputError
 from jaxlora.runs.differences import another_config, differing
 from jaxlora.runs.files import ASIDE, LOCK, append, encode_json, encode_rows, lock_folder, release, replace
 
+ENDED = ("finished", "stopped_early", "diverged")
+"""Statuses of a run that has nothing left to do."""
+
 CONFIG, RECORD, METRICS = "config.json", "record.json", "metrics.jsonl"
 _VISIBLE = (
     60  # seconds until a new folder shows on every machine: network file systems remember what was not there

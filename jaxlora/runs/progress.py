@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -28,6 +28,17 @@ SILENCE = 4.5  # seconds after which a plain line says that the work goes on: un
 _WORTH_A_LINE = 1.0  # seconds a stage must have lasted for its time to be told
 _INTERVALS = 20  # log intervals whose median gives the time left
 _NARROWEST_BAR = 8
+
+
+class Board(Protocol):
+    """What shows several runs at once. Both are called from other threads."""
+
+    def table(self, width: int, height: int) -> Any:
+        """What rich draws in the lines that are left."""
+
+    def line(self) -> str:
+        """The same as one plain line, for when nothing else was written for long."""
+        ...
 
 
 class Stage:
@@ -73,6 +84,7 @@ class Progress:
         self._evaluation: Stage | None = None
         self._facts = ""  # of the last logged step
         self._step: int | None = None  # steps done; None while not training
+        self._board: Board | None = None
         self._clock = _StepClock()
         self._last_output = time.monotonic()
         self._closing = threading.Event()
@@ -206,6 +218,12 @@ class Progress:
                 self._end_evaluation()
             self._show()
 
+    def board(self, board: "Board | None") -> None:
+        """Shows a board below everything else from here on; None takes it away."""
+        with self._lock:
+            self._board = board
+            self._show()
+
     def finish(self) -> None:
         """Training has ended: its line goes away."""
         with self._lock:
@@ -217,6 +235,7 @@ class Progress:
         """Takes the live line away and ends the threads."""
         with self._lock:
             self._stages.clear()
+            self._board = None
             self.finish()
         self._closing.set()
         if self._heartbeat is not None:
@@ -261,7 +280,7 @@ class Progress:
 
     def _show(self) -> None:
         """Starts or stops what keeps the display alive, as there is something going on or not."""
-        busy = bool(self._stages) or self._evaluation is not None or self._step is not None
+        busy = bool(self._stages) or any(x is not None for x in (self._evaluation, self._step, self._board))
         if not self.interactive:
             if busy and self._heartbeat is None:
                 self._last_output = time.monotonic()
@@ -289,6 +308,8 @@ class Progress:
             self._print(f"{stage.text} ... " + ", ".join(part for part in (stage.share, elapsed) if part))
         elif self._step is not None:
             self._print(self._state(self._step, "..."))
+        elif self._board is not None:
+            self._print(self._board.line())
 
     def _render(self) -> Group:
         """The live lines. Called from rich's thread without the lock, which whoever stops that thread may hold."""
@@ -302,6 +323,8 @@ class Progress:
             line = Table.grid(padding=(0, 1, 0, 0))
             line.add_row(self._spinner, self._with_bar(Text(text), stage.done, stage.total))
             lines.append(line)
+        if (board := self._board) is not None:
+            lines.insert(0, board.table(self._console.width, self._console.height - len(lines) - 1))
         return Group(*lines)
 
     def _with_bar(self, text: Text, done: float, total: float) -> Any:
@@ -318,7 +341,7 @@ class Progress:
         counter = f"step {step:>{len(str(self.total_steps))}}/{self.total_steps or '?'}"
         seconds = self._clock.seconds_a_step()
         steps_left = self.total_steps - step
-        left = f"{_duration(seconds * steps_left)} left" if seconds is not None and steps_left > 0 else ""
+        left = f"{duration(seconds * steps_left)} left" if seconds is not None and steps_left > 0 else ""
         return "  ".join(part for part in (counter, *facts, left) if part)
 
 
@@ -379,10 +402,10 @@ def _elapsed(seconds: float) -> str:
     """ "2.1 s", "12 s", "3:21"."""
     if seconds < 60:
         return f"{seconds:.1f} s" if isinstance(seconds, float) and seconds < 10 else f"{seconds:.0f} s"
-    return _duration(seconds)
+    return duration(seconds)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """ "0:45", "3:21", "1:02:03"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

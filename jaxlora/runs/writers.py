@@ -8,11 +8,13 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlora.core.tree import leaves
 from jaxlora.runs.directory import RunDirectory
+from jaxlora.runs.files import replacing
 
 # TensorFlow reads these when it is imported, and would otherwise say on stderr which instructions the machine has.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -137,6 +139,47 @@ class Writers:
             if problem not in self._problems:
                 self._problems.append(problem)
             return None
+
+
+def compare_in_tensorboard(
+    folder: Path, differing: Mapping[str, Iterable[Any]], metrics: Sequence[str]
+) -> None:
+    """Has TensorBoard's HParams tab over a folder of runs show what differs, and these metrics first.
+
+    Without it the tab shows every key of the config and every metric, which is the same and too wide.
+
+    Args:
+        folder: with a run in each of its folders; `tensorboard --logdir FOLDER` shows them.
+        differing: name of each hyperparameter that differs -> its values.
+        metrics: names of scalars.
+    """
+    from tensorboard.compat.proto import event_pb2
+    from tensorboard.plugins.hparams import summary_v2 as hparams
+    from tensorboard.summary.writer.record_writer import RecordWriter  # EventFileWriter would load TensorFlow
+
+    domains = {name: _domain(list(values)) for name, values in differing.items()}
+    summary = hparams.hparams_config_pb(
+        [hparams.HParam(name, hparams.Discrete(values)) for name, values in domains.items()],
+        [hparams.Metric(name) for name in metrics],
+    )
+    protos: Any = event_pb2  # made at run time, so that type checkers see nothing in it
+    now = time.time()
+    with replacing(folder / "events.out.tfevents.0.sweep") as stream:
+        records = RecordWriter(stream)
+        for content in ({"file_version": "brain.Event:2"}, {"summary": summary}):
+            records.write(protos.Event(wall_time=now, **content).SerializeToString())
+
+
+def _domain(values: list[Any]) -> list[Any]:
+    """The different values as TensorBoard shows them, in order, all of one type."""
+    shown = [_shown(value) for value in values]
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in shown):
+        return sorted({float(value) for value in shown})
+    return (
+        sorted(set(shown))
+        if all(isinstance(value, bool) for value in shown)
+        else sorted({str(v) for v in shown})
+    )
 
 
 class _Reopen(NamedTuple):

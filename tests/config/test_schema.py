@@ -100,6 +100,7 @@ CASES = {
     "mesh.data": (8, [0, -2]),
     "mesh.fsdp": (8, [0]),
     "mesh.tensor": (8, [0]),
+    "mesh.trial": (4, [0]),
     "mesh.memory_gb": (16, [-1]),
     "journal.baseline": ("Nov22_10-57", [1]),
     "journal.hypothesis": ("A larger rank helps.", [None]),

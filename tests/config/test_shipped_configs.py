@@ -6,7 +6,10 @@ import pytest
 
 from jaxlora.config.load import load_config
 from jaxlora.config.schema import KEYS
+from jaxlora.config.sweep import load_sweep
 from jaxlora.core.errors import InputError
+from jaxlora.sweeps.trials import flat as flat_config
+from jaxlora.sweeps.trials import groups
 
 SHIPPED = {
     "configs/qwen05b.py": "Qwen/Qwen2.5-0.5B-Instruct",
@@ -47,6 +50,16 @@ NOTEBOOK = {
     "Nov24_22-17": (QWEN_7B, 128, {RATE: 5e-4, EPOCHS: 5.0}),
     "Nov24_10-49": (MISTRAL, 128, {RATE: 5e-5}),
     "Nov25_02-30": (MISTRAL, 128, {RATE: 5e-4}),
+}
+
+
+# Sweeps: the base's model, and how many trials there are in each group.
+SWEEPS = {
+    "quickstart_lr.py": (None, [8]),
+    "qwen05b_lr.py": (QWEN_05B, [9]),
+    "qwen05b_notebook.py": (QWEN_05B, [9, 1, 2]),
+    "qwen7b_notebook.py": (QWEN_7B, [4]),
+    "mistral7b_notebook.py": (MISTRAL, [2]),
 }
 
 
@@ -129,3 +142,47 @@ def test_an_unknown_run_is_answered_with_the_known_ones(argument):
         load_config(argument)
     assert re.findall(r"Nov\d\d_\d\d-\d\d", str(caught.value)) == list(NOTEBOOK)
     assert str(caught.value).count("\n") == 1
+
+
+def test_no_shipped_sweep_is_forgotten(repository):
+    assert {file.name for file in (repository / "configs/sweeps").glob("*.py")} == set(SWEEPS)
+
+
+@pytest.mark.parametrize("file", SWEEPS)
+def test_a_shipped_sweep_loads_into_its_groups(file):
+    sweep = load_sweep(f"configs/sweeps/{file}")
+    model, sizes = SWEEPS[file]
+    assert [len(group) for group in groups(sweep.trials)] == sizes
+    assert model in (None, *{trial.config.model.path for trial in sweep.trials})
+
+
+@pytest.mark.parametrize("file", SWEEPS)
+def test_a_shipped_sweep_is_a_lab_note(file, repository):
+    text = (repository / "configs/sweeps" / file).read_text()
+    assert f"python -m jaxlora.sweep --config configs/sweeps/{file}" in text
+    assert re.search(r"^Hardware: ", text, re.MULTILINE)
+    for time in re.findall(r"^Time: .*", text, re.MULTILINE):
+        assert "estimate, not measured" in time
+    if SWEEPS[file][0]:
+        assert "# Apache-2.0" in text  # the data's licence
+        assert "Your own data" in text
+
+
+def test_the_notebooks_sweeps_are_its_eighteen_runs(repository):
+    """Each trial is the very config of the run whose name it has."""
+    found = {
+        trial.name: trial.config
+        for file in SWEEPS
+        if "notebook" in file
+        for trial in load_sweep(f"configs/sweeps/{file}").trials
+    }
+    assert set(found) == set(NOTEBOOK)
+    for run, config in found.items():
+        assert flat_config(config) == flat_config(load_config(f"configs/notebook.py:{run}")), run
+
+
+def test_a_quickstart_sweep_trains_the_quickstart_at_other_rates():
+    base = flat_config(load_config("configs/quickstart.py"))
+    for trial in load_sweep("configs/sweeps/quickstart_lr.py").trials:
+        differing = {key for key, value in flat_config(trial.config).items() if value != base[key]}
+        assert differing <= {"optim.learning_rate", "eval.generate"}

@@ -10,7 +10,7 @@ import pytest
 
 from jaxlora.runs import writers as module
 from jaxlora.runs.directory import RunDirectory
-from jaxlora.runs.writers import Writers
+from jaxlora.runs.writers import Writers, compare_in_tensorboard
 
 CONFIG = {
     "optim": {"learning_rate": 1e-4},
@@ -159,3 +159,22 @@ writers.Writers(RunDirectory.open(sys.argv[1], {})).scalars(1, {"x": 1.0})
 sys.exit("failed")
 """
     assert run_program(program, tmp_path) == (1, "", "failed\n")
+
+
+def test_a_folder_of_runs_is_compared_by_what_differs(tmp_path):
+    """As TensorBoard's own HParams plugin reads it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata
+
+    for rates in ([1e-3], [1e-3, 1e-4]):  # the second in place of the first
+        differing = {"optim.learning_rate": rates, "lora.targets": ["all-linear", ["q_proj", "v_proj"]]}
+        compare_in_tensorboard(tmp_path, differing, ["eval/nll"])
+    events = EventAccumulator(str(tmp_path)).Reload()
+    content = events.SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
+    experiment = metadata.parse_experiment_plugin_data(content)
+    assert [(info.name, [v.number_value or v.string_value for v in info.domain_discrete.values])
+            for info in experiment.hparam_infos] == [
+        ("optim.learning_rate", [1e-4, 1e-3]), ("lora.targets", ["all-linear", "q_proj, v_proj"]),
+    ]  # fmt: skip
+    assert [info.name.tag for info in experiment.metric_infos] == ["eval/nll"]
+    assert len(list(tmp_path.iterdir())) == 1

@@ -22,6 +22,7 @@ from jaxlora.config.schema import KEYS
 from jaxlora.core import cli
 from jaxlora.core.tree import leaves
 from jaxlora.training.metrics import METRICS
+from tests.train.commands import assert_same
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 ASKED, HIT = "/jax/compilation_cache/compile_requests_use_cache", "/jax/compilation_cache/cache_hits"
@@ -332,3 +333,43 @@ def test_poisoned_base(project, call, tmp_path):
     assert curve(workdir, "eval/nll") == {0: None}
     assert list(curve(workdir, "train/nonfinite")) == [1]
     assert adapter_is_finite(workdir / "last")
+
+
+# ---- by its folder alone --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """A copy of the run's folder, which a command may lock and change."""
+    return Path(shutil.copytree(finished.workdir, tmp_path / "copied"))
+
+
+def test_a_run_goes_on_by_its_folder_alone(call, copied, finished):
+    """As if it had been asked to leave at its first checkpoint, but for what it wrote later."""
+    shutil.rmtree(copied / "checkpoints/6")
+    (copied / "record.json").write_text(json.dumps(record(copied) | {"status": "preempted", "steps": 3}))
+    ended = call(["--workdir", str(copied)])
+    assert ended.code == 0, ended.err
+    assert "going on after step 3" in ended.out
+    assert f"python -m jaxlora.train --workdir {copied} (should it be interrupted)" in ended.out
+    assert_same(copied, finished.workdir)
+
+
+def test_an_ended_run_says_so_by_its_folder_alone(call, copied):
+    ended = call(["--workdir", str(copied)])
+    assert ended.code == 0
+    assert "this run has ended (finished" in ended.out
+    assert f"again             python -m jaxlora.train --workdir {copied}\n" in ended.out
+
+
+def test_another_config_than_the_folders_is_refused(call, copied):
+    ended = call(["--workdir", str(copied), "--config.lora.alpha=3"])
+    assert ended.code == 2
+    assert "holds a run with another config: lora.alpha is 8.0 there and 3.0 here" in ended.err
+
+
+def test_a_folder_without_a_run_is_refused(call, tmp_path):
+    ended = call(["--workdir", str(tmp_path / "nothing")])
+    assert ended.code == 2
+    assert "is not a run folder (it has no config.json)" in ended.err
+    assert not (tmp_path / "nothing").exists()

@@ -62,15 +62,25 @@ def batches(config: Config, model: Model, data: Data, standing: Standing) -> Cal
 
     A process of several makes and places its own rows.
     """
-    micro = config.train.micro_batch_size
-    count = config.train.batch_size // micro
-    put, rows = put_batch(model, count), Share(model.mesh).of_step(count, micro)
+    put, host = put_batch(model, _micro_batches(config)), host_batches(config, model, data, standing)
+    return lambda step: put(host(step))
 
-    def batch(step: int) -> Any:
+
+def host_batches(
+    config: Config, model: Model, data: Data, standing: Standing
+) -> Callable[[int], dict[str, np.ndarray]]:
+    """Likewise on the host: arrays [rows, T] of this process."""
+    rows = Share(model.mesh).of_step(_micro_batches(config), config.train.micro_batch_size)
+
+    def batch(step: int) -> dict[str, np.ndarray]:
         host = data.train.batch(step, rows)
-        return put(host | {"weights": np.zeros_like(host["weights"])} if step in standing.excluded else host)
+        return host | {"weights": np.zeros_like(host["weights"])} if step in standing.excluded else host
 
     return batch
+
+
+def _micro_batches(config: Config) -> int:
+    return config.train.batch_size // config.train.micro_batch_size
 
 
 def rollback(

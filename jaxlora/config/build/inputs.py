@@ -91,7 +91,7 @@ def model(config: Config, weights: bool = True, devices: Sequence[Any] | None = 
             longer than the model's positions, or a model.remat that the devices do not have.
     """
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    mesh = make_mesh(sizes, jax.devices() if devices is None else devices)
+    mesh = make_mesh(sizes, jax.devices() if devices is None else devices, config.mesh.trial)
     if config.model.remat == "offload" and not offloads(mesh):
         raise InputError(
             "model.remat = 'offload' keeps what layers are given in the host's memory, which is a CPU's own: it would "

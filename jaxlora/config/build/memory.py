@@ -106,25 +106,25 @@ def settled(
     Returns:
         The config with the policy that it came to, and what was compiled, in the order of `works`.
     """
-    policy, *slower = _policies(config, model)
+    policy, *slower = policies(config, model)
     asked, config = config, changed(config, "model", remat=policy)
     train, *others = attempts(model, *works(config, model, state, answers))
     for policy in slower:
         if have.holds(train.need):
             break
-        progress.say(f"model.remat = '{config.model.remat}' would take {_need(train.need)}")
+        progress.say(f"model.remat = '{config.model.remat}' would take {need(train.need)}")
         config = changed(config, "model", remat=policy)
         with progress.stage(f"compiling training with model.remat = '{policy}'"):
             (train,) = attempts(model, (training(config, model, state), train.rows))
     if asked.model.remat == "auto":
         progress.say(
-            f"model.remat = 'auto' is '{config.model.remat}': training takes {_need(train.need)}, and a device has "
+            f"model.remat = 'auto' is '{config.model.remat}': training takes {need(train.need)}, and a device has "
             f"{told(have.size)} ({have.source})"
         )
     return config, [train, *others]
 
 
-def _policies(config: Config, model: Model) -> tuple[str, ...]:
+def policies(config: Config, model: Model) -> tuple[str, ...]:
     """The values of model.remat to try, the fastest first."""
     if config.model.remat != "auto":
         return (config.model.remat,)
@@ -192,14 +192,14 @@ def shrunk(
         rows = max(shares, attempt.rows // 2 // shares * shares)
         if rows == attempt.rows:
             raise InputError(
-                f"{attempt.work.name}: even {_rows(rows)} at once takes {_need(attempt.need)}, and a device has "
+                f"{attempt.work.name}: even {_rows(rows)} at once takes {need(attempt.need)}, and a device has "
                 f"{told(have.size)} ({have.source}).\n{remedy(config, model, attempt.work)}"
             )
         (attempt,) = attempts(model, (attempt.work, rows))
     if attempt is not asked:
         say(
-            f"{asked.work.name}: eval.batch_size = {asked.rows} would take {_need(asked.need)}, and a device has "
-            f"{told(have.size)} ({have.source}): {_rows(attempt.rows)} at once, {_need(attempt.need)}, with the same "
+            f"{asked.work.name}: eval.batch_size = {asked.rows} would take {need(asked.need)}, and a device has "
+            f"{told(have.size)} ({have.source}): {_rows(attempt.rows)} at once, {need(attempt.need)}, with the same "
             "result"
         )
     return attempt
@@ -237,18 +237,18 @@ def training_refused(
     asked = config.train.micro_batch_size
     smaller = [n for n in micro_batches(config, model) if n < asked] if have.holds(adapter.need) else []
     said = (
-        f"train.micro_batch_size = {asked} takes {_need(train.need)} of memory, and a device has {told(have.size)} "
+        f"train.micro_batch_size = {asked} takes {need(train.need)} of memory, and a device has {told(have.size)} "
         f"({have.source}).\n"
     )
     with progress.stage("looking for the largest train.micro_batch_size that fits"):
         best, worst = largest(model, train.work, smaller, have)
     if best is not None:
         return TrainingRefusedError(
-            f"{said}The largest that fits is {best.rows} ({_need(best.need)}): set "
+            f"{said}The largest that fits is {best.rows} ({need(best.need)}): set "
             f"--config.train.micro_batch_size={best.rows}. It changes nothing but speed.",
             best.rows,
         )
-    even = f"{_rows(worst.rows)} at once takes {_need(worst.need)} still. " if worst else ""
+    even = f"{_rows(worst.rows)} at once takes {need(worst.need)} still. " if worst else ""
     return TrainingRefusedError(f"{said}{even}{remedy(config, model, train.work)}", None)
 
 
@@ -276,5 +276,5 @@ def _rows(count: int) -> str:
     return f"{count} row{'s' if count > 1 else ''}"
 
 
-def _need(need: int | None) -> str:
+def need(need: int | None) -> str:
     return "more than the compiler can place" if need is None else told(need)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlora.config.build.inputs import Model
@@ -19,6 +20,7 @@ from jaxlora.lora import variants
 from jaxlora.lora.peft import load_peft
 from jaxlora.lora.spec import LoraSpec, resolve_targets
 from jaxlora.lora.tree import adapted_kernels
+from jaxlora.models.decoder import Decoder
 from jaxlora.parallel import sharding
 from jaxlora.parallel.rows import Share
 from jaxlora.training.optimizer import OptimizerSettings
@@ -129,6 +131,43 @@ def given_adapter(config: Config, model: Model) -> dict[str, Any] | None:
     return adapter
 
 
+class Starter:
+    """Makes states of before the first step, by one program for all configs whose states are alike.
+
+    Args:
+        model: the base. base: its parameters; PiSSA and DoRA start from them.
+    """
+
+    def __init__(self, model: Model, base: Mapping[str, Any]):
+        self._model, self._base = model, base
+        self._programs: dict[Any, Callable[..., TrainState]] = {}
+
+    def __call__(self, config: Config, steps: int, given: Mapping[str, Any] | None = None) -> TrainState:
+        """The state of a run of so many steps.
+
+        Args:
+            given: the adapter to start from, by `given_adapter`; None for a new one.
+        """
+        spec, init, window = lora_spec(config), config.lora.init, config.guard.window
+
+        def start(
+            base: Mapping[str, Any], given: Mapping[str, Any] | None, seed: jax.Array, numbers: Settings
+        ) -> TrainState:
+            key, adapter, anchor = jax.random.key(seed), given, {}
+            if adapter is None:
+                adapter, anchor = variants.start(named(key, "adapter"), base, spec, init)
+            return new_state(dict(adapter), named(key, "train"), numbers, anchor, window)
+
+        # PiSSA alone reads the scales, which are no arguments.
+        alike = (tuple(spec.ranks.items()), spec.use_dora, init, window, given is None)
+        alike += tuple(spec.scales.items()) if init.startswith("pissa") else ()
+        if alike not in self._programs:
+            placements = jax.tree.map(lambda s: s.sharding, state_shapes(config, self._model, steps))
+            options = compiler_options(self._model.mesh.devices.flat[0].platform)
+            self._programs[alike] = jax.jit(start, out_shardings=placements, compiler_options=options)
+        return self._programs[alike](self._base, given, np.int32(config.seed), settings(config, steps))
+
+
 def first_state(
     config: Config,
     model: Model,
@@ -136,24 +175,8 @@ def first_state(
     base: Mapping[str, Any],
     given: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """The state before the first step.
-
-    Args:
-        base: the parameters; PiSSA and DoRA start from them.
-        given: the adapter to start from, by `given_adapter`; None for a new one.
-    """
-    spec, key = lora_spec(config), jax.random.key(config.seed)
-
-    def start(base: Mapping[str, Any], given: Mapping[str, Any] | None) -> TrainState:
-        adapter, anchor = given, {}
-        if adapter is None:
-            adapter, anchor = variants.start(named(key, "adapter"), base, spec, config.lora.init)
-        numbers = settings(config, steps)
-        return new_state(dict(adapter), named(key, "train"), numbers, anchor, config.guard.window)
-
-    placements = jax.tree.map(lambda s: s.sharding, state_shapes(config, model, steps))
-    options = compiler_options(model.mesh.devices.flat[0].platform)
-    return jax.jit(start, out_shardings=placements, compiler_options=options)(base, given)
+    """The state before the first step of one run; arguments as of `Starter`."""
+    return Starter(model, base)(config, steps, given)
 
 
 def effective_adapter(state: TrainState, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,17 +218,18 @@ def lora_shapes(model: Model, state: TrainState) -> dict[str, Any]:
 
 
 def lower_train(config: Config, model: Model, like: TrainState) -> jax.stages.Lowered:
-    """`step(state, base, batch) -> (state, sums)`, ready to be compiled; the state is donated.
-
-    A model.remat that is not "auto" goes before the decoder's own.
-    """
+    """`step(state, base, batch) -> (state, sums)`, ready to be compiled; the state is donated."""
     state, mesh, micro = _shapes(like), model.mesh, config.train.micro_batch_size
-    remat = config.model.remat
-    decoder = model.decoder if remat == "auto" else model.decoder.clone(remat=remat)
-    step = make_train_step(decoder, dropout=any(lora_spec(config).dropouts.values()))
+    step = make_train_step(training_decoder(config, model), dropout=any(lora_spec(config).dropouts.values()))
     placements = (jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, PartitionSpec()))
     batch = batch_shapes(config, mesh, config.train.batch_size // micro, micro)
     return jax.jit(step, donate_argnums=0, out_shardings=placements).lower(state, model.shapes(), batch)
+
+
+def training_decoder(config: Config, model: Model) -> Decoder:
+    """The decoder as it is trained: a model.remat that is not "auto" goes before its own."""
+    remat = config.model.remat
+    return model.decoder if remat == "auto" else model.decoder.clone(remat=remat)
 
 
 def lower_effective(model: Model, like: TrainState, lora: Mapping[str, Any]) -> jax.stages.Lowered:

@@ -3,7 +3,8 @@
 import importlib.metadata
 import math
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,7 +15,6 @@ from jaxlora.config.schema import Config
 from jaxlora.core.errors import InputError
 from jaxlora.data.batches import EvalBatches
 from jaxlora.parallel.rows import Share
-from jaxlora.runs.progress import Progress
 from jaxlora.training.answers import Answers, columns, lines, markdown, scores
 from jaxlora.training.calendar import Calendar
 from jaxlora.training.evaluate import Evaluator, Found, Groups
@@ -24,6 +24,24 @@ from jaxlora.training.metrics import METRICS, better
 from jaxlora.training.recording import Recorder
 from jaxlora.training.state import TrainState
 from jaxlora.training.stopping import EarlyStop, Evaluate, OverfitAlarm, Ranked
+
+
+class Shown(Protocol):
+    """What a person is shown of a run; see `Progress`, which does for a run alone."""
+
+    def say(self, text: str, /) -> None: ...
+
+    def step(self, step: int, /) -> None: ...
+
+    def train(
+        self, step: int, /, *, loss: float, nll: float, learning_rate: float, tokens_per_second: float
+    ) -> None: ...
+
+    def eval(self, done: int, total: int, /) -> None: ...
+
+    def stage(self, text: str, /) -> AbstractContextManager[Callable[[float, float], None]]: ...
+
+    def begin(self, step: int, /) -> None: ...
 
 
 def answers(config: Config, model: Model, data: HeldOut, say: Callable[[str], None]) -> Answers | None:
@@ -54,7 +72,7 @@ def events(
     total: int,
     evaluator: Callable[[TrainState, bool], Found],
     recorder: Recorder,
-    progress: Progress,
+    progress: Shown,
 ) -> Events:
     """The run's events, wired to its recorder and to what the person sees.
 
@@ -155,22 +173,16 @@ def train_slice(config: Config, data: Data) -> tuple[EvalBatches, np.ndarray] | 
     return EvalBatches(examples.select(numbers), config.eval.batch_size, length, packing), numbers
 
 
-def evaluator(
-    config: Config,
-    model: Model,
-    data: Data,
-    programs: Programs,
-    base: Any,
-    answers: Answers | None,
-    progress: Progress,
-) -> Callable[..., Found]:
-    """Builds `evaluate(state, answer=True) -> Found`: all that is asked for, with answers or without."""
+def scorer(
+    config: Config, model: Model, data: Data, programs: Programs, base: Any, progress: Shown
+) -> Callable[[TrainState], Found]:
+    """Builds `score(state) -> Found`: the metrics of tokens, of held-out data and of the slice of training data."""
     put, share, metrics = put_batch(model), Share(model.mesh), config.eval.metrics
     score = Evaluator(programs.evaluate, data.eval, put, metrics, groups(data), share=share)
     batches, sliced = data.eval.num_batches, train_slice(config, data)
     everything = batches + (sliced[0].num_batches if sliced else 0)
 
-    def run(state: TrainState, answer: bool = True) -> Found:
+    def run(state: TrainState) -> Found:
         progress.eval(0, everything)
         lora = programs.effective(state, base)
         found, per_example = score(lora, base, lambda done, _: progress.eval(done, everything))
@@ -180,12 +192,33 @@ def evaluator(
             more, rows = trained(lora, base, lambda done, _: progress.eval(batches + done, everything))
             found |= more
             files["train_eval"] = rows | {"example": sliced[1][rows["example"]].tolist()}
+        return Found(found, files)
+
+    return run
+
+
+def evaluator(
+    config: Config,
+    score: Callable[[TrainState], Found],
+    effective: Callable[[TrainState, Any], Any],
+    base: Any,
+    answers: Answers | None,
+    progress: Shown,
+) -> Callable[..., Found]:
+    """Builds `evaluate(state, answer=True) -> Found`: all that is asked for, with answers or without.
+
+    Args:
+        score: of `scorer`. effective: of `Programs`.
+    """
+
+    def run(state: TrainState, answer: bool = True) -> Found:
+        found, files, *_ = score(state)
         if answers is None or not answer:
             return Found(found, files)
         with progress.stage("answering held-out prompts") as stage:
-            given = answers.answer(lora, base, stage)
+            given = answers.answer(effective(state, base), base, stage)
         with progress.stage("scoring the answers"):
-            found |= scores(given, metrics, config.eval.answer_pattern)
+            found |= scores(given, config.eval.metrics, config.eval.answer_pattern)
         return Found(
             found, files | {"answers": columns(given)}, {"eval/answers": markdown(given)}, lines(given)
         )
