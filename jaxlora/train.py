@@ -169,6 +169,7 @@ def _fine_tune(
         )
         writers.hparams(to_dict(config))
         recorder.record("running", None)
+        recorder.examples(0, wiring.texts(data), "examples")
         if watch:
             watch.on_end = lambda reason: recorder.record("failed", reason)
         evaluator = wiring.evaluator(fitted.config, model, data, compiled, base, answers, progress)

@@ -141,7 +141,7 @@ def is_run(folder: Path) -> bool:
     """Whether a folder holds a run of ours, however little of it is left."""
     if (folder / RECORD).is_file() or (folder / METRICS).is_file():
         return True
-    config, _ = _read_object(folder / CONFIG)
+    config, _ = read_object(folder / CONFIG)
     return bool(config) and any(isinstance(config.get(section), dict) for section in _SECTIONS)
 
 
@@ -181,11 +181,11 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     """Reads a run folder; a broken one too (see `Run.problems`)."""
     path = Path(folder)
     problems: list[str] = []
-    config, missing = _read_object(path / CONFIG)
+    config, missing = read_object(path / CONFIG)
     problems += [f"{CONFIG}: {missing}"] if missing else []
-    record, missing = _read_object(path / RECORD)
+    record, missing = read_object(path / RECORD)
     problems += [f"{RECORD}: {missing}"] if missing else []
-    record = dict(record) | {"notes": _notes(path, record, problems)}
+    record = dict(record) | {"notes": read_notes(path, record, problems)}
     rows = _read_lines(path / METRICS, problems, live=record.get("status") == "running")
     train, evaluated = curves(rows)
     return Run(
@@ -197,7 +197,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         eval=evaluated,
         source="jaxlora",
         problems=tuple(problems),
-        started=_started(path, record),
+        started=started(path, record),
         written=max((t for f in (METRICS, RECORD, CONFIG) if (t := _modified(path / f))), default=None),
     )
 
@@ -264,7 +264,7 @@ def _numbers(column: list[Any]) -> np.ndarray:
         return np.array([v if isinstance(v, int | float) else np.nan for v in column], np.float64)
 
 
-def _read_object(file: Path) -> tuple[Mapping[str, Any], str]:
+def read_object(file: Path) -> tuple[Mapping[str, Any], str]:
     """The JSON object of a file, and what is wrong with it: ({}, "is missing")."""
     try:
         value = json.loads(file.read_bytes())
@@ -327,7 +327,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return value if _is_row(value) else None
 
 
-def _notes(folder: Path, record: Mapping[str, Any], problems: list[str]) -> list[dict[str, Any]]:
+def read_notes(folder: Path, record: Mapping[str, Any], problems: list[str]) -> list[dict[str, Any]]:
     """The notes of record.json and of notes.jsonl, each once, the oldest first.
 
     A run that goes on replaces record.json at will, so a note that is made meanwhile lies beside it.
@@ -360,7 +360,7 @@ def _modified(file: Path) -> float | None:
         return None
 
 
-def _started(folder: Path, record: Mapping[str, Any]) -> float | None:
+def started(folder: Path, record: Mapping[str, Any]) -> float | None:
     """When a run began: as recorded; else as its name says, in the year of its files; else the date of its config."""
     recorded = record.get("started")
     if isinstance(recorded, int | float):

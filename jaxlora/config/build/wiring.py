@@ -25,6 +25,9 @@ from jaxlora.training.recording import Recorder
 from jaxlora.training.state import TrainState
 from jaxlora.training.stopping import EarlyStop, Evaluate, OverfitAlarm, Ranked
 
+TEXTS, LONGEST_TEXT = 2000, 400
+"""Held-out examples whose texts a run keeps, and characters of each."""
+
 
 def answers(config: Config, model: Model, data: HeldOut, say: Callable[[str], None]) -> Answers | None:
     """The held-out prompts to answer at each evaluation, or None when eval.generate is 0; says what is left out."""
@@ -101,6 +104,29 @@ def events(
         ),
         save=Save(standing, config.checkpoint.every, recorder.save),
     )
+
+
+def texts(data: HeldOut) -> dict[str, list[Any]]:
+    """Beginnings of the first held-out examples, so that runs can be compared by example where the data is not.
+
+    Returns:
+        Columns "example" (as in the files of losses), "row" of the data, "prompt" and "reference": the last assistant
+        turn, and what stands before it. For plain text there is no prompt.
+    """
+    columns: dict[str, list[Any]] = {"example": [], "row": [], "prompt": [], "reference": []}
+    for example, row in enumerate(data.eval.examples.source_rows[:TEXTS].tolist()):
+        conversation = data.eval_source[row]
+        if isinstance(conversation, str):
+            prompt, reference = "", conversation
+        else:
+            last = max(
+                (i for i, message in enumerate(conversation) if message["role"] == "assistant"), default=0
+            )
+            prompt = conversation[last - 1]["content"] if last else ""
+            reference = conversation[last]["content"]
+        for name, value in (("example", example), ("row", row), ("prompt", prompt), ("reference", reference)):
+            columns[name].append(value if isinstance(value, int) else value[:LONGEST_TEXT])
+    return columns
 
 
 def calendar(config: Config, data: Data, total: int) -> Calendar:

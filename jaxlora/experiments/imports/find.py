@@ -36,7 +36,9 @@ def read_all(
         InputError: an unknown format, a root that is not there, or no run under any.
     """
     if only and only not in FORMATS:
-        raise InputError(f"--format {only}: known are {', '.join(FORMATS)}; leave it out to take what is there.")
+        raise InputError(
+            f"--format {only}: known are {', '.join(FORMATS)}; leave it out to take what is there."
+        )
     places = [Path(root) for root in roots]
     for place in places:
         if not place.exists():

@@ -27,8 +27,8 @@ def recovered(steps: np.ndarray, rates: np.ndarray, total: int) -> Schedule | No
         cosine:      P (1 + cos(pi (s - W) / (T - W))) / 2
         constant:    P
 
-    A rate logged in the warmup gives P / W, those after it decide W and the kind. Some versions log the rate of the step
-    (s = step - 1), others that of the next (s = step).
+    A rate logged in the warmup gives P / W, those after it decide W and the kind. Some versions log the rate of the
+    step (s = step - 1), others that of the next (s = step).
 
     Args:
         steps: [n] ascending.

@@ -1,9 +1,9 @@
 """CSV files of curves: a column of steps and one a metric, or what TensorBoard and Weights & Biases export.
 
-    step,train/loss,eval/loss             one run, named after the file
-    Step,A - loss,A - loss__MIN,B - loss  a run a prefix (Weights & Biases; __MIN and __MAX are left out)
-    Wall time,Step,Value                  one metric of a run: run-NAME-tag-train_loss.csv (TensorBoard)
-    run,step,train/loss                   a run a name
+step,train/loss,eval/loss             one run, named after the file
+Step,A - loss,A - loss__MIN,B - loss  a run a prefix (Weights & Biases; __MIN and __MAX are left out)
+Wall time,Step,Value                  one metric of a run: run-NAME-tag-train_loss.csv (TensorBoard)
+run,step,train/loss                   a run a name
 """
 
 import csv
@@ -54,7 +54,9 @@ def read_tables(files: Iterable[Path]) -> list[Run]:
             if broken:
                 shown = ", ".join(map(str, broken[:5])) + (", ..." if len(broken) > 5 else "")
                 lines = "line" if len(broken) == 1 else "lines"
-                told.append(f"{file.name}: {len(broken):,} {lines} could not be read ({lines.rstrip('s')} {shown})")
+                told.append(
+                    f"{file.name}: {len(broken):,} {lines} could not be read ({lines.rstrip('s')} {shown})"
+                )
     return [_run(key[1], rows[key], problems[key], sources[key]) for key in rows]
 
 
@@ -87,7 +89,9 @@ def _read(file: Path) -> list[tuple[str, list[dict[str, Any]], list[int]]]:
         return []
     at = header.index(column)
     exported = _EXPORTED.fullmatch(file.stem)
-    own = next((index for index, name in enumerate(header) if name.strip().lower() in ("run", "run_name")), None)
+    own = next(
+        (index for index, name in enumerate(header) if name.strip().lower() in ("run", "run_name")), None
+    )
     targets: list[tuple[int, str, str]] = []  # column, run, metric
     for index, name in enumerate(header):
         if index in (at, own) or name.strip().lower() in _NO_METRICS or name.endswith(("__MIN", "__MAX")):

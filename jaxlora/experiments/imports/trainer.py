@@ -81,7 +81,9 @@ def read_trainer(folder: Path) -> Run:
             logs = read_events(files)  # the newest of several starts
             problems += logs.problems
     config = _adapter(folder, file.parent if file else folder, problems) | arguments(logs)
-    history = [line for line in state.get("log_history") or () if isinstance(line, Mapping) and "step" in line]
+    history = [
+        line for line in state.get("log_history") or () if isinstance(line, Mapping) and "step" in line
+    ]
     rows = [row for line in history for row in _rows(line)]
     if not rows and logs.scalars:
         rows = scalar_rows(logs)
@@ -138,9 +140,16 @@ def complete(config: dict[str, Any], rows: list[dict[str, Any]], total: int, pro
     """
     if "warmup_ratio" in config and total:
         config["optim.warmup_steps"] = math.ceil(total * config.pop("warmup_ratio"))
-    rates = [(row["step"], row["train/learning_rate"]) for row in rows if row.get("train/learning_rate") is not None]
+    rates = [
+        (row["step"], row["train/learning_rate"])
+        for row in rows
+        if row.get("train/learning_rate") is not None
+    ]
     if rates and "optim.learning_rate" not in config:
-        steps, values = np.array([step for step, _ in rates]), np.array([rate for _, rate in rates], np.float64)
+        steps, values = (
+            np.array([step for step, _ in rates]),
+            np.array([rate for _, rate in rates], np.float64),
+        )
         found = recovered(steps, values, total)
         if found:
             config |= {
@@ -184,7 +193,7 @@ def scalar_rows(logs: Events) -> list[dict[str, Any]]:
 
 
 def metric_name(name: str) -> str:
-    """What a metric is called here: loss -> train/loss, eval_loss and validation/loss -> eval/loss, lr -> learning_rate."""
+    """What a metric is called here: loss is train/loss, eval_loss and validation/loss are eval/loss."""
     split, _, rest = name.strip().replace(" ", "_").rpartition("/")
     found = re.match(r"(eval|val|valid|validation|test|train)[_./-](?=.)", rest) if not split else None
     if found:
