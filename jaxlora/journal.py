@@ -1,5 +1,6 @@
 """What every run changed, and what came of it: python -m jaxlora.journal runs/"""
 
+import itertools
 import os
 import sys
 import time
@@ -65,7 +66,10 @@ def _log(argv: Sequence[str]) -> int:
     for name, what in (("markdown", "tables of Markdown"), ("json", "JSON"), ("csv", "CSV")):
         formats.add_argument(f"--{name}", action="store_true", help=f"print {what} instead")
     parser.add_argument(
-        "--format", default="", metavar="F", help="read only runs of jaxlora, transformers, tensorboard or csv"
+        "--format",
+        default="",
+        metavar="F",
+        help="read only runs of jaxlora, transformers, tensorboard or csv",
     )
     parser.add_argument(
         "--watch", action="store_true", help="go on, and tell what is new about the runs, until interrupted"
@@ -103,8 +107,9 @@ def _entries(roots: Iterable[Path], only: str, reader: Callable[[Path], "Run"]) 
         from jaxlora.experiments.log import journal
 
         runs = read_all(roots, only, stage, reader)
-    with progress, progress.stage(f"comparing {len(runs):,} runs"):
-        return journal(runs)
+    with _progress() as progress, progress.stage(f"comparing {len(runs):,} runs") as stage:
+        done = itertools.count(1)
+        return journal(runs, lambda: stage(next(done), len(runs)))
 
 
 def _progress() -> "Progress":
@@ -123,7 +128,9 @@ def _print_log(entries: Sequence["Entry"]) -> None:
             out.line()
         out.line(group.title, "bold")
         for entry in group.entries:
-            out.entry(entry.run.name, width, [(line.text, STYLES.get(line.kind, "")) for line in lines(entry)])
+            out.entry(
+                entry.run.name, width, [(line.text, STYLES.get(line.kind, "")) for line in lines(entry)]
+            )
 
 
 class _Output:
@@ -183,7 +190,9 @@ def _watch(arguments: Namespace, reader: Callable[[Path], "Run"], entries: Seque
             for name, lines in found:
                 out.entry(f"{time.strftime('%H:%M:%S')}  {name}", 38, [(text, "") for text in lines])
             if found:
-                _write_outputs(arguments, entries, "Journal of " + ", ".join(map(str, arguments.roots)), quiet=True)
+                _write_outputs(
+                    arguments, entries, "Journal of " + ", ".join(map(str, arguments.roots)), quiet=True
+                )
             sys.stdout.flush()
     except KeyboardInterrupt:
         out.line()
@@ -244,8 +253,8 @@ def _write_outputs(arguments: Namespace, entries: Sequence["Entry"], title: str,
 def _compare(argv: Sequence[str]) -> int:
     parser = CommandParser(
         prog=f"{PROGRAM} compare",
-        description="Show two runs side by side: the settings that differ, the curves, what the second one's verdict is "
-        "against the first, and the held-out\nexamples that got better and worse.",
+        description="Show two runs side by side: the settings that differ, the curves, the second one's verdict against "
+        "the first, and the held-out examples\nthat got better and worse.",
     )
     for name, what in (("old", "the run to compare with"), ("new", "the run that is judged")):
         parser.add_argument(name, type=Path, metavar=name.upper(), help=what)
@@ -284,11 +293,11 @@ def _one_run(path: Path) -> "Run":
 
 def _print_comparison(old: "Run", new: "Run", entry: "Entry", count: int) -> None:
     from jaxlora.experiments import compare
-    from jaxlora.experiments.telling import lines, number, plain
+    from jaxlora.experiments.telling import lines, plain
     from jaxlora.runs.progress import Progress
 
     def cell(value: float | None) -> str:
-        return "" if value is None else number(value)
+        return "" if value is None else f"{value:.4f}"
 
     with Progress() as out:
         header = ("", old.name, new.name)
@@ -312,7 +321,9 @@ def _print_comparison(old: "Run", new: "Run", entry: "Entry", count: int) -> Non
         out.table("verdict", [(line.text,) for line in lines(entry) if line.kind != "changes"])
         found = compare.examples(old, new)
         if found is None:
-            out.say("by example: nothing to compare, since the runs have no losses of the same held-out examples")
+            out.say(
+                "by example: nothing to compare, since the runs have no losses of the same held-out examples"
+            )
             return
         better, worse = found.better, found.worse
         out.say(
@@ -363,8 +374,10 @@ def _note(argv: Sequence[str]) -> int:
 
 def _into_record(folder: Path) -> None:
     """Takes the note into record.json, unless the run is going on: then it does so itself."""
-    from jaxlora.runs.directory import RunDirectory
+    from jaxlora.runs.directory import RECORD, RunDirectory
 
+    if not (folder / RECORD).is_file():
+        return
     try:
         config = RunDirectory.read(folder).config
         with RunDirectory.open(folder, config) as run:

@@ -1,15 +1,15 @@
 """Two runs side by side: what differs, how their curves went, and which held-out examples got better or worse."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlora.experiments import paired
-from jaxlora.experiments.log import Entry, journal
+from jaxlora.experiments.baseline import same_eval_data
+from jaxlora.experiments.eval_rules import Evaluations
+from jaxlora.experiments.log import Entry, compare, journal
 from jaxlora.experiments.records import Run
-from jaxlora.experiments.telling import extreme
+from jaxlora.experiments.telling import curves_of, extreme, latest, plain
 
 SHOWN = 5
 """Examples shown of those that got better, and of those that got worse."""
@@ -44,13 +44,11 @@ class Examples:
     Attributes:
         old_step, new_step: those evaluations.
         all: the examples that both have, the most improved first.
-        difference: of the whole, None where there are too few.
     """
 
     old_step: int
     new_step: int
     all: tuple[Example, ...]
-    difference: paired.Difference | None
 
     @property
     def better(self) -> tuple[Example, ...]:
@@ -69,12 +67,14 @@ def examples(old: Run, new: Run) -> Examples | None:
     Returns:
         None where the runs were not evaluated on the same data, or one has no losses by example.
     """
-    if eval_data(old) is None or eval_data(old) != eval_data(new):
+    first, second = Evaluations(old), Evaluations(new)
+    if not same_eval_data(old, new) or not len(first) or not len(second):
         return None
-    first, second = _best_evaluation(old), _best_evaluation(new)
-    if first is None or second is None:
+    before, after = first.best_examples, second.best_examples
+    if any(part is None or not {"example", "nll", "tokens"} <= part.keys() for part in (before, after)):
         return None
-    (old_step, before), (new_step, after) = first, second
+    assert before is not None
+    assert after is not None
     texts = _texts(new) or _texts(old)
     known = dict(zip(before["example"], before["nll"], strict=True))
     found = []
@@ -83,54 +83,63 @@ def examples(old: Run, new: Run) -> Examples | None:
         if all(isinstance(value, int | float) and np.isfinite(value) for value in values):
             found.append(Example(number, *texts.get(number, ("", "")), *values, tokens))
     found.sort(key=lambda example: example.change)
-    return Examples(old_step, new_step, tuple(found), paired.difference(before, after))
+    return Examples(first.best_step, second.best_step, tuple(found))
 
 
-def eval_data(run: Run) -> str | None:
-    """The fingerprint of the held-out data; None where it is not known."""
-    data = run.record.get("data")
-    held_out = data.get("eval") if isinstance(data, Mapping) else None
-    return held_out.get("fingerprint") if isinstance(held_out, Mapping) else None
-
-
-def entry(old: Run, new: Run) -> Entry:
-    """The journal's entry of a run whose baseline is the given one, whatever its own would be."""
-    named = dataclasses.replace(
-        new,
-        record={**new.record, "baseline": old.name},
-        config={**new.config, "journal.baseline": old.name},
-    )
-    return next(entry for entry in journal([old, named]) if entry.run is named)
+def entries(old: Run, new: Run) -> list[Entry]:
+    """The journal's entries of two runs, where the first is the second one's baseline, whatever its own would be."""
+    alone = journal([old])
+    return [dataclasses.replace(alone[0], baseline=None), compare(new, old)]
 
 
 def settings(old: Run, new: Run) -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) of every setting that differs, or that only one of them is known to have."""
     keys = dict.fromkeys((*old.config, *new.config))
-    found = [(key, old.config.get(key), new.config.get(key)) for key in keys if not key.startswith("journal.")]
+    found = [
+        (key, old.config.get(key), new.config.get(key)) for key in keys if not key.startswith("journal.")
+    ]
     return [line for line in found if line[1] != line[2]]
 
 
+def outcomes(old: Run, new: Run) -> list[tuple[str, str, str]]:
+    """(what, of the old, of the new): how each of two runs went and ended, in words; what neither knows is left out."""
+
+    def told(run: Run) -> dict[str, str]:
+        best = extreme(run.eval, "eval/nll")
+        numbers = {
+            "lowest eval nll": best[1] if best else None,
+            "last eval nll": latest(run.eval, "eval/nll"),
+            "last train nll": latest(run.train, "train/nll"),
+        }
+        return {
+            "status": run.status.replace("_", " "),
+            "steps": f"{run.steps:,}",
+            **{name: "" if value is None else f"{value:.4f}" for name, value in numbers.items()},
+            "at step": f"{best[0]:,}" if best else "",
+            "seconds": plain(run.record.get("seconds")),
+            "devices": plain(run.record.get("devices")),
+        }
+
+    before, after = told(old), told(new)
+    order = ("status", "steps", "lowest eval nll", "at step", *before)
+    return [(name, before[name], after[name]) for name in dict.fromkeys(order) if before[name] or after[name]]
+
+
 def curve(old: Run, new: Run, name: str, most: int = 12) -> list[tuple[int, float | None, float | None]]:
-    """(step, old value, new value) of a metric, at steps that both were evaluated at; of all, where there are none.
+    """(step, old value, new value) of a metric at steps at which both logged it; at all, where there are none.
 
     Args:
-        name: "eval/nll".
+        name: "eval/nll", for example.
         most: lines; of more, evenly chosen ones and the last.
     """
-    curves = [dict(zip(*(part.tolist() for part in run.eval.of(name)), strict=True)) for run in (old, new)]
+    curves = [
+        dict(zip(*(part.tolist() for part in curves_of(run, name).of(name)), strict=True))
+        for run in (old, new)
+    ]
     steps = sorted(curves[0].keys() & curves[1].keys()) or sorted(curves[0].keys() | curves[1].keys())
     if len(steps) > most:
         steps = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, most).round().astype(int))]
     return [(step, curves[0].get(step), curves[1].get(step)) for step in steps]
-
-
-def _best_evaluation(run: Run) -> tuple[int, Mapping[str, list[Any]]] | None:
-    """The step and the columns of the evaluation with the lowest eval/nll, where its examples were kept."""
-    best = extreme(run.eval, "eval/nll")
-    columns = run.examples(best[0]) if best else None
-    if best is None or columns is None or not {"example", "nll", "tokens"} <= columns.keys():
-        return None
-    return best[0], columns
 
 
 def _texts(run: Run) -> dict[int, tuple[str, str]]:

@@ -4,9 +4,10 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from jaxlora.experiments.findings import nats
 from jaxlora.experiments.log import Entry
 from jaxlora.experiments.records import CONFIG, METRICS, NOTES, RECORD, Run, read_run
-from jaxlora.experiments.telling import extreme, latest, lines, number
+from jaxlora.experiments.telling import extreme, latest, lines
 
 _Signature = tuple[tuple[int, int] | None, ...]
 
@@ -54,11 +55,11 @@ def state(run: Run) -> str:
     planned = run.planned_steps
     parts = [f"step {run.steps:,}" + (f" of {planned:,}" if planned and planned != run.steps else "")]
     if (train := latest(run.train, "train/nll")) is not None:
-        parts.append(f"train nll {number(train)}")
+        parts.append(f"train nll {nats(train)}")
     best, last = extreme(run.eval, "eval/nll"), latest(run.eval, "eval/nll")
     if best and last is not None:
-        lowest = f" (lowest {number(best[1])} at step {best[0]:,})" if best[1] < last else ""
-        parts.append(f"eval nll {number(last)}{lowest}")
+        lowest = f" (lowest {nats(best[1])} at step {best[0]:,})" if best[1] < last else ""
+        parts.append(f"eval nll {nats(last)}{lowest}")
     return f"{(run.status or 'not known to run').replace('_', ' ')}: {', '.join(parts)}"
 
 

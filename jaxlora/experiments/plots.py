@@ -66,7 +66,15 @@ def learning_curves(group: Group) -> "Figure | None":
             if len(steps):
                 at = int(np.argmin(np.abs(steps - step)))
                 height = values[at] if finite[at] else np.max(values[finite], initial=0.0)
-                left.plot(step, height, "v", color=colour, markersize=9, markeredgecolor="black", markeredgewidth=0.5)
+                left.plot(
+                    step,
+                    height,
+                    "v",
+                    color=colour,
+                    markersize=9,
+                    markeredgecolor="black",
+                    markeredgewidth=0.5,
+                )
         steps, values = entry.run.eval.of("eval/nll")
         finite = np.isfinite(values)
         right.plot(steps[finite], values[finite], style, color=colour, marker=".", label=entry.run.name)
@@ -78,7 +86,9 @@ def learning_curves(group: Group) -> "Figure | None":
     dropped = len(group.entries) - len(shown)
     figure.suptitle(group.title + (f" ({dropped} runs not shown)" if dropped else ""), fontsize=11)
     handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(shown)), fontsize=8, frameon=False)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(4, len(shown)), fontsize=8, frameon=False
+    )
     return figure
 
 

@@ -11,8 +11,8 @@ import orjson
 import jaxlora
 from jaxlora.experiments import compare
 from jaxlora.experiments.log import Entry
-from jaxlora.experiments.records import Curves, Run
-from jaxlora.experiments.telling import extreme, groups, lines, row, spike_steps, swept
+from jaxlora.experiments.records import Run
+from jaxlora.experiments.telling import curves_of, extreme, groups, lines, row, spike_steps, swept
 
 ASSETS = Path(__file__).with_name("report_assets")
 
@@ -32,12 +32,15 @@ FEW = 40
 """Runs up to which all metrics and the examples are in the report; of more, the first few metrics alone."""
 
 POINTS = 120_000
-"""Points of all curves together, which keeps the file below some 3 MB; a curve has at most `FINEST`, at least `COARSEST`."""
+"""Points of all curves together, which keeps the file below some 3 MB."""
 
 FINEST, COARSEST = 600, 40
+"""Most and fewest points of one curve."""
 
 
-def write_report(file: Path, entries: Sequence[Entry], title: str = "Journal", made: str | None = None) -> None:
+def write_report(
+    file: Path, entries: Sequence[Entry], title: str = "Journal", made: str | None = None
+) -> None:
     """Writes the report.
 
     Args:
@@ -57,7 +60,10 @@ def to_html(entries: Sequence[Entry], title: str = "Journal", made: str | None =
     from markupsafe import Markup
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False
+        loader=jinja2.FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=False,
     )
 
     def asset(name: str) -> Markup:
@@ -123,7 +129,10 @@ def _payload(entries: Sequence[Entry], numbers: Mapping[int, int]) -> dict[str, 
                 "spikes": spike_steps(entry),
                 "row": {name: cells[name] for name in COLUMNS},
                 "findings": [
-                    {"kind": finding.kind, "numbers": {name: _short(value) for name, value in finding.numbers.items()}}
+                    {
+                        "kind": finding.kind,
+                        "numbers": {name: _short(value) for name, value in finding.numbers.items()},
+                    }
                     for finding in entry.verdict
                     if finding.numbers
                 ],
@@ -143,12 +152,8 @@ def _payload(entries: Sequence[Entry], numbers: Mapping[int, int]) -> dict[str, 
     }
 
 
-def _curves(run: Run, name: str) -> Curves:
-    return run.train if name.startswith("train/") else run.eval
-
-
 def _has(run: Run, name: str) -> bool:
-    return name in _curves(run, name).values
+    return name in curves_of(run, name).values
 
 
 def _metrics(runs: Sequence[Run], few: bool) -> list[str]:
@@ -156,7 +161,9 @@ def _metrics(runs: Sequence[Run], few: bool) -> list[str]:
     there = {name: None for run in runs for curves in (run.eval, run.train) for name in curves.values}
     for name in ("train/loss", "eval/loss"):
         nll = name.replace("loss", "nll")
-        if all(np.array_equal(_curves(run, name).of(name)[1], _curves(run, nll).of(nll)[1]) for run in runs):
+        if all(
+            np.array_equal(curves_of(run, name).of(name)[1], curves_of(run, nll).of(nll)[1]) for run in runs
+        ):
             there.pop(name, None)
     first = [name for name in METRICS if name in there]
     return first + [name for name in there if name not in first] if few else first[:3]
@@ -164,7 +171,7 @@ def _metrics(runs: Sequence[Run], few: bool) -> list[str]:
 
 def _curve(run: Run, name: str, points: int) -> tuple[list[int], list[float | None]]:
     """Steps and values, of many points those that show its shape: the lowest and the highest of every stretch."""
-    steps, values = _curves(run, name).of(name)
+    steps, values = curves_of(run, name).of(name)
     if len(steps) > points:
         stretches = np.array_split(np.arange(len(steps)), max(1, points // 2))
         kept = [0, len(steps) - 1]
@@ -218,7 +225,12 @@ def _examples(entry: Entry) -> dict[str, Any] | None:
 
     def listed(examples: Sequence[compare.Example]) -> list[dict[str, Any]]:
         return [
-            {"example": one.example, "change": _short(one.change), "prompt": one.prompt, "reference": one.reference}
+            {
+                "example": one.example,
+                "change": _short(one.change),
+                "prompt": one.prompt,
+                "reference": one.reference,
+            }
             for one in examples[: compare.SHOWN]
         ]
 
@@ -227,4 +239,6 @@ def _examples(entry: Entry) -> dict[str, Any] | None:
 
 def _json(value: Any) -> str:
     """JSON that may stand in a script element: no < in it."""
-    return orjson.dumps(value, default=str, option=orjson.OPT_SERIALIZE_NUMPY).decode().replace("<", "\\u003c")
+    return (
+        orjson.dumps(value, default=str, option=orjson.OPT_SERIALIZE_NUMPY).decode().replace("<", "\\u003c")
+    )

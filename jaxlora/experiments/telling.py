@@ -5,12 +5,14 @@ import io
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
 
+from jaxlora.experiments.baseline import model_of, rank_of
+from jaxlora.experiments.changes import number
+from jaxlora.experiments.curve import Curve
 from jaxlora.experiments.log import Entry
 from jaxlora.experiments.records import Curves, Run
 
@@ -45,14 +47,14 @@ def groups(entries: Sequence[Entry]) -> list[Group]:
     """The entries by model and rank, in the order in which `log.journal` has them."""
 
     def key(entry: Entry) -> tuple[str, int | None]:
-        return model_name(entry.run), entry.run.config.get("lora.rank")
+        return model_of(entry.run), rank_of(entry.run)
 
     return [Group(*place, list(members)) for place, members in itertools.groupby(entries, key)]
 
 
-def model_name(run: Run) -> str:
-    """The last part of the model's id or folder; "" where it is not known."""
-    return PurePath(str(run.config.get("model.path") or "")).name
+def curves_of(run: Run, name: str) -> Curves:
+    """The curves among which a metric is."""
+    return run.train if name.startswith("train/") else run.eval
 
 
 def extreme(curves: Curves, name: str) -> tuple[int, float] | None:
@@ -77,8 +79,8 @@ def row(entry: Entry) -> dict[str, Any]:
     best = extreme(run.eval, "eval/nll")
     settings = {name: run.config.get(key) for name, key in SETTINGS.items()}
     return {
-        "model": model_name(run) or None,
-        "rank": run.config.get("lora.rank"),
+        "model": model_of(run) or None,
+        "rank": rank_of(run),
         "run": run.name,
         "status": run.status or None,
         "steps": run.steps,
@@ -102,12 +104,10 @@ def row(entry: Entry) -> dict[str, Any]:
 
 
 def spike_steps(entry: Entry) -> list[int]:
-    """The steps of the spikes that the verdict names."""
-    return [
-        int(finding.numbers["step"])
-        for finding in entry.verdict
-        if finding.kind == "spike" and "step" in finding.numbers
-    ]
+    """The steps of the spikes in a run's verdict."""
+    if all(finding.kind != "spike" for finding in entry.verdict):
+        return []
+    return [spike.step for spike in Curve(entry.run).spikes]
 
 
 def swept(runs: Sequence[Run]) -> list[str]:
@@ -209,20 +209,10 @@ def plain(value: Any) -> Any:
     """A value of a config or a record as a person writes it: 0.0001 -> "1e-4", ("a", "b") -> "a, b"."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, float):
+    if isinstance(value, int | float):
         return number(value)
     if isinstance(value, list | tuple):
         return ", ".join(str(plain(item)) for item in value)
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {plain(item)}" for name, item in value.items())
     return "" if value is None else str(value)
-
-
-def number(value: float) -> str:
-    """ "2e-4", "0.01", "1.234": short, and exact to five digits."""
-    text = f"{value:.5g}"
-    mantissa, e, exponent = (f"{value:.4e}" if 0 < abs(value) < 1e-3 else text).partition("e")
-    if not e:
-        return text
-    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-    return f"{mantissa}e{int(exponent)}"

@@ -20,8 +20,9 @@ function told(value) {
   if (Array.isArray(value)) return value.map(told).join(", ");
   if (typeof value !== "number") return String(value);
   if (Number.isInteger(value)) return Math.abs(value) < 1e4 ? String(value) : value.toLocaleString("en");
-  const size = Math.abs(value);
-  return size < 1e-2 || size >= 1e6 ? value.toExponential().replace(/(\.\d{3})\d*/, "$1").replace("e+", "e") : String(+value.toPrecision(5));
+  const size = Math.abs(value), short = value.toExponential(3).replace(/\.?0+e/, "e").replace("e+", "e");
+  // Learning rates as a person writes them, 5e-3, and losses as numbers, 0.00789.
+  return size < 1e-4 || size >= 1e6 || (size < 1e-2 && short.length <= 6) ? short : String(+value.toPrecision(5));
 }
 
 // ---- charts -------------------------------------------------------------------------------------------------------
