@@ -1,25 +1,14 @@
 """The journal's entries: for each run what it changed, and what came of it."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from jaxlora.experiments.advice import Case, Rates, advise, tried
+from jaxlora.experiments.baseline import baselines, changed_defaults, in_order, model_of, rank_of, unfair
+from jaxlora.experiments.changes import differing
+from jaxlora.experiments.findings import Finding
 from jaxlora.experiments.records import Run
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that a run's curves say.
-
-    Attributes:
-        kind: "convergence", "spike", "divergence", "risk", "overfitting", "early_stop", "plateau", "unfinished",
-            "undertrained", "eval", "steady" or "data" (what they do not carry).
-        text: in a person's words.
-        numbers: what it rests on, by name.
-    """
-
-    kind: str
-    text: str
-    numbers: Mapping[str, float] = field(default_factory=dict)
+from jaxlora.experiments.verdict import Reading, verdict
 
 
 @dataclass(frozen=True)
@@ -33,7 +22,7 @@ class Entry:
         hypothesis: what the run was expected to show, "" for nothing.
         verdict: what came of it, the weightiest first.
         advice: one line, "" for none.
-        notes: a person's own sentences, and what is wrong with the folder.
+        notes: a person's own sentences, then what is wrong with the folder or the choice of the baseline.
     """
 
     run: Run
@@ -46,6 +35,59 @@ class Entry:
     notes: tuple[str, ...]
 
 
-def journal(runs: Sequence[Run]) -> list[Entry]:
-    """The entries of all runs, by model and rank, each in the order in which they began."""
-    raise NotImplementedError
+def journal(runs: Sequence[Run], tick: Callable[[], None] = lambda: None) -> list[Entry]:
+    """The entries of all runs, by model and rank, each in the order in which they began.
+
+    Models come in the order of their first runs, and so do the ranks of one.
+
+    Args:
+        tick: called after each run.
+    """
+    ordered = in_order(runs)
+    readings = {id(run): Reading(run) for run in ordered}
+    rates = tried(readings.values())
+    entries: list[Entry] = []
+    before: dict[str, list[Reading]] = {}
+    for run, (baseline, told) in zip(ordered, baselines(ordered), strict=True):
+        new, old = readings[id(run)], readings[id(baseline)] if baseline else None
+        earlier = before.setdefault(model_of(run), [])
+        entries.append(_entry(new, old, earlier, told, rates.get(str(run.path))))
+        earlier.append(new)
+        tick()
+    return _grouped(entries)
+
+
+def compare(new: Run, old: Run) -> Entry:
+    """The entry of a run against one that is named, whatever its own baseline is."""
+    return _entry(Reading(new), Reading(old), (), "", None)
+
+
+def _entry(
+    new: Reading, old: Reading | None, earlier: Sequence[Reading], told: str, rates: Rates | None
+) -> Entry:
+    run = new.run
+    changes = tuple(differing(old.run, run)) if old else ()
+    if old:
+        by_default = set(changed_defaults(old.run, run))
+        changes = tuple(change for change in changes if change.key not in by_default)
+    found = verdict(new, old, earlier)
+    first = {finding.kind: finding for finding in reversed(found)}
+    hypothesis = str(run.config.get("journal.hypothesis") or run.record.get("hypothesis") or "")
+    return Entry(
+        run=run,
+        baseline=old.run if old else None,
+        unfair=tuple(unfair(old.run, run)) if old else (),
+        changes=tuple(change.text for change in changes),
+        hypothesis=hypothesis,
+        verdict=found,
+        advice=advise(Case(new, old, changes, first, rates)),
+        notes=(*run.notes, *run.problems, *([told] if told else [])),
+    )
+
+
+def _grouped(entries: Sequence[Entry]) -> list[Entry]:
+    models: dict[str, dict[int | None, list[Entry]]] = {}
+    for entry in entries:
+        ranks = models.setdefault(model_of(entry.run), {})
+        ranks.setdefault(rank_of(entry.run), []).append(entry)
+    return [entry for ranks in models.values() for group in ranks.values() for entry in group]
