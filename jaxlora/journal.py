@@ -90,10 +90,14 @@ def _log(argv: Sequence[str]) -> int:
         sys.stdout.flush()
     else:
         _print_log(entries)
-    _write_outputs(arguments, entries, "Journal of " + ", ".join(map(str, arguments.roots)))
+    _write_outputs(arguments, entries, _title(arguments))
     if arguments.watch:
         return _watch(arguments, reader, entries)
     return cli.EXIT_OK
+
+
+def _title(arguments: Namespace) -> str:
+    return "Journal of " + ", ".join(root.resolve().name for root in arguments.roots)
 
 
 def _entries(roots: Iterable[Path], only: str, reader: Callable[[Path], "Run"]) -> list["Entry"]:
@@ -253,8 +257,8 @@ def _write_outputs(arguments: Namespace, entries: Sequence["Entry"], title: str,
 def _compare(argv: Sequence[str]) -> int:
     parser = CommandParser(
         prog=f"{PROGRAM} compare",
-        description="Show two runs side by side: the settings that differ, the curves, the second one's verdict against "
-        "the first, and the held-out examples\nthat got better and worse.",
+        description="Show two runs side by side: the settings that differ, the curves, the second one's verdict "
+        "against the first, and the held-out\nexamples that got better and worse.",
     )
     for name, what in (("old", "the run to compare with"), ("new", "the run that is judged")):
         parser.add_argument(name, type=Path, metavar=name.upper(), help=what)

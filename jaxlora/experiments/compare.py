@@ -1,6 +1,7 @@
 """Two runs side by side: what differs, how their curves went, and which held-out examples got better or worse."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,9 +80,9 @@ def examples(old: Run, new: Run) -> Examples | None:
     known = dict(zip(before["example"], before["nll"], strict=True))
     found = []
     for number, nll, tokens in zip(after["example"], after["nll"], after["tokens"], strict=True):
-        values = known.get(number), nll
-        if all(isinstance(value, int | float) and np.isfinite(value) for value in values):
-            found.append(Example(number, *texts.get(number, ("", "")), *values, tokens))
+        was = known.get(number)
+        if isinstance(was, int | float) and isinstance(nll, int | float) and math.isfinite(was - nll):
+            found.append(Example(number, *texts.get(number, ("", "")), was, nll, tokens))
     found.sort(key=lambda example: example.change)
     return Examples(first.best_step, second.best_step, tuple(found))
 
