@@ -1,5 +1,6 @@
 """TensorBoard's event files: the scalars and texts in them, read without TensorFlow."""
 
+import itertools
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 PATTERN = "events.out.tfevents.*"
 _HEADER, _CHECK = struct.Struct("<Q"), struct.Struct("<I")
@@ -36,30 +38,47 @@ def event_files(folder: Path) -> list[Path]:
 
 
 def read_events(files: Sequence[Path]) -> Events:
-    """Reads event files in their order; never raises for a broken one, `problems` says."""
+    """Reads event files in their order; never raises for a broken one, `problems` says.
+
+    Where a session begins after another one, the steps from its mark on are forgotten: a resumed run repeats them. The
+    files of one session may begin in the same second, and its mark stand in any of them.
+    """
+    found = Events()
+    for _, session in itertools.groupby(files, _second):
+        events = [event for file in session for event in _events(file, found.problems)]
+        for event in events:
+            if event.session_log.status == event.session_log.START and event.step > 0:
+                _forget_from(found, event.step)
+        for event in events:
+            if event.wall_time:
+                found.began = event.wall_time if found.began is None else min(found.began, event.wall_time)
+                found.ended = max(found.ended or 0.0, event.wall_time)
+            for value in event.summary.value:
+                _take(found, value, event.step)
+    return found
+
+
+def _second(file: Path) -> str:
+    """The second in which a file was begun, of its name."""
+    return file.name.split(".")[3]
+
+
+def _events(file: Path, problems: list[str]) -> list[Any]:
+    """The events of a file, as far as it is whole."""
     from tensorboard.compat.proto import event_pb2
-    from tensorboard.util.tensor_util import make_ndarray
 
     protos: Any = event_pb2  # made at run time, so that type checkers see nothing in it
-    found = Events()
-    for file in files:
-        try:
-            for record in _records(file):
-                event = protos.Event.FromString(record)
-                if found.began is None:
-                    found.began = event.wall_time
-                found.ended = event.wall_time
-                if event.session_log.status == protos.SessionLog.START and event.step > 0:
-                    _forget_from(found, event.step)  # a resumed run repeats these steps
-                for value in event.summary.value:
-                    _take(found, value, event.step, make_ndarray)
-        except _BrokenError as broken:
-            found.problems.append(f"{file.name}: {broken}; what comes before is read")
-        except OSError as error:
-            found.problems.append(f"{file.name} cannot be read ({error.strerror or error})")
-        except Exception as error:  # protobuf's DecodeError, or a tensor that is none
-            found.problems.append(f"{file.name}: a record is no event ({error}); what comes before is read")
-    return found
+    events = []
+    try:
+        for record in _records(file):
+            events.append(protos.Event.FromString(record))
+    except _BrokenError as broken:
+        problems.append(f"{file.name}: {broken}; what comes before is read")
+    except OSError as error:
+        problems.append(f"{file.name} cannot be read ({error.strerror or error})")
+    except DecodeError as error:
+        problems.append(f"{file.name}: a record is no event ({error}); what comes before is read")
+    return events
 
 
 class _BrokenError(Exception):
@@ -90,13 +109,18 @@ def _records(file: Path) -> Iterator[bytes]:
         at = body + length + _CHECK.size
 
 
-def _take(found: Events, value: Any, step: int, make_ndarray: Any) -> None:
+def _take(found: Events, value: Any, step: int) -> None:
     """Adds a value: torch's writer has `simple_value`, TensorFlow's a tensor; texts are tensors of strings."""
+    from tensorboard.util.tensor_util import make_ndarray
+
     kind = value.WhichOneof("value")
     if kind == "simple_value":
         found.scalars.setdefault(value.tag, {})[step] = float(value.simple_value)
     elif kind == "tensor":
-        array = np.asarray(make_ndarray(value.tensor))
+        try:
+            array = np.asarray(make_ndarray(value.tensor))
+        except (TypeError, ValueError):
+            return  # a type that no curve has
         if array.dtype.kind in "OSU" and array.size:
             first = array.reshape(-1)[0]
             text = first.decode(errors="replace") if isinstance(first, bytes) else str(first)

@@ -61,7 +61,7 @@ def recovered(steps: np.ndarray, rates: np.ndarray, total: int) -> Schedule | No
     if not found:
         return None
     best = min(found, key=lambda key: found[key])
-    if any(abs(key[0] / best[0] - 1) > 1e-3 for key in found):
+    if any(abs(peak / best[0] - 1) > 1e-3 or kind != best[2] for peak, _, kind in found):
         return None  # more than one fits
     return Schedule(*best)
 
