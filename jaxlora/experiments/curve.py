@@ -17,7 +17,6 @@ from jaxlora.experiments.thresholds import (
     WINDOW,
 )
 
-
 GRID = np.unique(np.rint(10 * 1.25 ** np.arange(60)))
 """Steps at which whole curves are laid beside each other: 10, 12, 16, ..., a quarter further each."""
 

@@ -66,7 +66,7 @@ OVERFIT_SHARE, OVERFIT_NOISE = 0.01, 4.0
 OVERFIT_AFTER = 3
 """Without examples: evaluations after the minimum that must all lie above it."""
 
-FALLING_SHARE, FALLING_NOISE = 0.01, 3.0
+FALLING_SHARE, FALLING_NOISE = 0.005, 3.0
 """Still falling: least fall over the last quarter of the steps, as a share of the nll and in deviations of noise."""
 
 FLAT_SHARE, FLAT_STEPS = 0.02, 0.5
