@@ -154,7 +154,7 @@ def _confounded(case: Case) -> str:
     keys = [change for change in case.changes if change.key.startswith(_MOVES)]
     if not effect or len(keys) < 2 or not case.changed("lora.rank", "alpha/r"):
         return ""
-    names = listed(change.key for change in keys)
+    names = listed(change.name for change in keys)
     return f"{names} changed together: which of them made the difference takes a run with one of them"
 
 
@@ -170,10 +170,10 @@ def _decay_too_small(case: Case) -> str:
     budget = 1 - np.exp(-decay * total) if total else None
     if budget is None or budget >= SMALL_DECAY:
         return ""
-    enough = -np.log(1 - 4 * SMALL_DECAY) / total
+    enough = -np.log(1 - 3 * SMALL_DECAY) / total
     return (
         f"weight decay {number(decay)} shrinks A and B by {budget:.1%} over the run, too little to matter; "
-        f"{enough:.2g} would take {4 * SMALL_DECAY:.0%}"
+        f"{enough:.2g} would take {3 * SMALL_DECAY:.0%}"
     )
 
 
@@ -192,8 +192,8 @@ def _long_warmup(case: Case) -> str:
     if not warmup or not planned or warmup <= LONG_WARMUP * planned:
         return ""
     return (
-        f"warmup takes {number(warmup)} of {number(planned)} steps ({warmup / planned:.0%}); "
-        f"{number(round(0.05 * planned))} would leave more of them at the full rate"
+        f"warmup takes {warmup:,.0f} of {planned:,} steps ({warmup / planned:.0%}); "
+        f"{0.05 * planned:,.0f} would leave more of them at the full rate"
     )
 
 
@@ -204,7 +204,7 @@ def _overfits(case: Case) -> str:
     since, every = found.numbers["since"], case.new.evals.spacing
     finer = ""
     if every > COARSE * case.new.run.steps:
-        finer = f"; evaluations nearer together than {number(every)} steps would find the best more closely"
+        finer = f"; evaluations nearer together than {every:,.0f} steps would find the best more closely"
     return f"fewer epochs are enough: best/ is of step {since:,.0f}{finer}"
 
 
@@ -218,6 +218,17 @@ def _undertrained(case: Case) -> str:
         else "more steps"
     )
     return f"train longer ({longer})" + (f" or at a learning rate of {number(2 * rate)}" if rate else "")
+
+
+def _worse(case: Case) -> str:
+    found = case.verdict.get("eval")
+    if not case.old or not found or not found.numbers.get("significant") or found.numbers["difference"] < 0:
+        return ""
+    moved = [change for change in case.changes if change.key.startswith((*_MOVES, "optim."))]
+    if not moved:
+        return ""
+    back = listed(f"{change.name} {number(change.old)}" for change in moved)
+    return f"go back to {back}: {case.old.run.name} is better"
 
 
 def _edge(case: Case) -> str:
@@ -265,6 +276,7 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (_confounded, "Montgomery 2017, chapter 7"),
     (_overfits, "Prechelt 1998"),
     (_undertrained, "this log"),
+    (_worse, "this log"),
     (_edge, "Goodfellow et al. 2016, section 11.4.3"),
     (_long_warmup, "Goyal et al. 2017, section 2.2"),
     (_gap, "Goodfellow et al. 2016, section 5.2"),

@@ -79,6 +79,11 @@ class Change:
     new: Any
     text: str
 
+    @property
+    def name(self) -> str:
+        """The key in words: "learning rate"."""
+        return self.key.rpartition(".")[2].replace("_", " ")
+
 
 def number(value: float) -> str:
     """A number as a person writes it: 1e-4, 0.05, 2200, 3."""

@@ -17,7 +17,6 @@ from jaxlora.experiments.thresholds import (
     WINDOW,
 )
 
-
 GRID = np.unique(np.rint(10 * 1.25 ** np.arange(60)))
 """Steps at which whole curves are laid beside each other: 10, 12, 16, ..., a quarter further each."""
 
@@ -99,7 +98,10 @@ class Curve:
             top = first + int(np.argmax(self.values[first : last + 1]))
             value, median = float(self.values[top]), float(self.median[first])
             step, size = int(self.steps[top]), float(self.deviations[first : last + 1].max())
-            seen = [s for s in seen if not self.steps[first] - self._stride <= s.step <= self.steps[last]]
+            within = [s for s in seen if self.steps[first] - self._stride <= s.step <= self.steps[last]]
+            if within:  # the guard looks at every step: it knows best where a spike began
+                step, size = within[0].step, max(size, *(s.deviations for s in within))
+            seen = [s for s in seen if s not in within]
             seen.append(Spike(step, value, median, size, self._back(top, median, value)))
         return sorted(seen, key=lambda spike: spike.step)
 

@@ -213,9 +213,9 @@ def _train_fell(curve: Curve, since: int) -> bool:
 
 
 def still_falling(evals: Evaluations) -> float:
-    """How much eval nll fell over the last quarter of the steps, 0 where that is not falling:
+    """How much eval nll fell over the last third of the steps, 0 where that is not falling:
 
-    fall = nll(last evaluation in the first three quarters) - nll(last) >= FALLING_SHARE nll
+    fall = nll(last evaluation in the first two thirds) - nll(last) >= FALLING_SHARE nll
     and >= FALLING_NOISE sqrt(2) noise;  the last is the lowest, and no lower than the one before by chance:
     where the noise is not known, each of the last three is lower than the one before
     """
@@ -223,7 +223,7 @@ def still_falling(evals: Evaluations) -> float:
         return 0.0
     values, steps = evals.values, evals.steps
     # At least the one before the last: evaluations may be few.
-    before = max(0, min(int(np.searchsorted(steps, 0.75 * steps[-1], side="right")) - 1, len(steps) - 2))
+    before = max(0, min(int(np.searchsorted(steps, steps[-1] * 2 / 3, side="right")) - 1, len(steps) - 2))
     fall = float(values[before] - values[-1])
     if values[-1] > values.min() + evals.noise or fall < share_of(float(values[-1]), FALLING_SHARE):
         return 0.0
@@ -254,7 +254,7 @@ def ending(evals: Evaluations) -> Finding | None:
     planned = run.planned_steps
     of = f" of {planned:,}" if planned and planned > run.steps else ""
     numbers: dict[str, float] = {"step": run.steps, **({"planned": planned} if planned else {})}
-    falling = f"eval nll was still falling ({nats(fall)} over the last quarter of its steps)"
+    falling = f"eval nll was still falling ({nats(fall)} over the last third of its steps)"
     if run.status == "stopped_early":
         warmup = run.number("optim.warmup_steps") or 0
         warm = run.steps <= warmup

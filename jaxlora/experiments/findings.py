@@ -24,7 +24,7 @@ class Finding:
 
 def nats(value: float) -> str:
     """An nll to three digits: 1.21, 0.674, 12.3."""
-    return f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
+    return f"{value:.3g}" if abs(value) < 0.9995 else f"{value:.2f}"
 
 
 def times(factor: float) -> str:

@@ -292,11 +292,11 @@ def _read_lines(file: Path, problems: list[str], live: bool) -> list[dict[str, A
     whole = lines[-1] == b""
     if whole:
         try:  # six times as fast as json, which the loop below needs for NaN and Infinity
-            rows = [orjson.loads(line) for line in lines[:-1]]
+            parsed = [orjson.loads(line) for line in lines[:-1]]
+            if all(_is_row(row) for row in parsed):
+                return parsed
         except ValueError:
-            rows = [None]
-        if all(_is_row(row) for row in rows):
-            return rows
+            pass
     rows, broken = [], []
     for number, line in enumerate(lines, 1):
         row = _row(line)

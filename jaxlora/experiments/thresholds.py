@@ -66,8 +66,8 @@ OVERFIT_SHARE, OVERFIT_NOISE = 0.01, 4.0
 OVERFIT_AFTER = 3
 """Without examples: evaluations after the minimum that must all lie above it."""
 
-FALLING_SHARE, FALLING_NOISE = 0.01, 3.0
-"""Still falling: least fall over the last quarter of the steps, as a share of the nll and in deviations of noise."""
+FALLING_SHARE, FALLING_NOISE = 0.0075, 3.0
+"""Still falling: least fall over the last third of the steps, as a share of the nll and in deviations of noise."""
 
 FLAT_SHARE, FLAT_STEPS = 0.02, 0.5
 """Plateau: all later evaluations within this share of their median, over at least this share of the run."""
@@ -80,7 +80,7 @@ GAP = 0.3
 LONG_WARMUP = 0.2
 """Share of the run."""
 
-SMALL_DECAY = 0.05
+SMALL_DECAY = 0.1
 """Share by which weight decay shrinks a parameter over the run, below which it is too small to matter."""
 
 COARSE = 0.1
