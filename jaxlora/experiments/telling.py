@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 
 from jaxlora.experiments.baseline import model_of, rank_of
-from jaxlora.experiments.changes import number
+from jaxlora.experiments.changes import matters, number, scale
 from jaxlora.experiments.curve import Curve
 from jaxlora.experiments.log import Entry
 from jaxlora.experiments.records import Curves, Run
@@ -27,6 +27,10 @@ SETTINGS = {
     "seed": "seed",
 }
 """Columns of tables -> the config keys that they show."""
+
+
+_WATCHING = ("eval.", "checkpoint.", "stop.", "guard.")
+"""Settings of how a run is watched, which are no axis of a picture."""
 
 
 class Group(NamedTuple):
@@ -111,12 +115,18 @@ def spike_steps(entry: Entry) -> list[int]:
 
 
 def swept(runs: Sequence[Run]) -> list[str]:
-    """Settings with numbers, of which runs have more than one, the most varied first."""
+    """Settings with numbers that decide how a run trains, and of which runs have more than one, the most varied first.
+
+    An alpha that only follows the rank is none.
+    """
     values: dict[str, set[float]] = {}
     for run in runs:
         for key, value in run.config.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if number and matters(key) and not key.startswith(_WATCHING):
                 values.setdefault(key, set()).add(value)
+    if len({scale(run.config) for run in runs} - {None}) == 1:
+        values.pop("lora.alpha", None)
     varied = [key for key, found in values.items() if len(found) > 1]
     return sorted(varied, key=lambda key: -len(values[key]))
 

@@ -37,7 +37,7 @@ def write_run(
     config = {name: dict(value) if isinstance(value, dict) else value for name, value in CONFIG.items()}
     for name, value in keys.items():
         section, _, key = name.rpartition("__")
-        (config[section] if section else config)[key] = value
+        (config.setdefault(section, {}) if section else config)[key] = value
     train = {step: 1 + 20 / (20 + step) for step in range(1, 101)} if train is None else train
     if evaluations is None:
         falling = {0: 2.0, 50: 1.6, 100: 1.5}

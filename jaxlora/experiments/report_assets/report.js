@@ -191,7 +191,7 @@ function open(id) {
 
 function pairs(entries) {
   const list = element("div", { className: "pairs" });
-  for (const [name, value, differs] of entries) list.append(element("div", { className: differs ? "differs" : "" }, element("span", { textContent: name }), element("span", { textContent: told(value) })));
+  for (const [name, value] of entries) list.append(element("div", {}, element("span", { textContent: name }), element("span", { textContent: told(value) })));
   return list;
 }
 
@@ -220,7 +220,10 @@ function fill(details) {
   more.append(element("h4", { textContent: "Facts" }), pairs(Object.entries(run.facts)));
   const settings = { ...data.common, ...run.config };
   const differs = (key) => baseline && key in run.config && JSON.stringify(run.config[key]) !== JSON.stringify(baseline.config[key]);
-  more.append(element("h4", { textContent: "Settings" }), pairs(Object.keys(settings).sort((a, b) => differs(b) - differs(a) || a.localeCompare(b)).map((key) => [key, settings[key], differs(key)])));
+  const names = Object.keys(settings).sort();
+  const changed = names.filter(differs), rest = names.filter((key) => !differs(key));
+  if (changed.length) more.append(element("h4", { textContent: `Settings that differ from ${baseline.name}'s` }), pairs(changed.map((key) => [key, `${told(settings[key])} (${told({ ...data.common, ...baseline.config }[key]) || "not set"})`])));
+  if (rest.length) more.append(element("details", { className: "rest" }, element("summary", { textContent: `${changed.length ? "all other" : "all"} settings` }), pairs(rest.map((key) => [key, settings[key]]))));
 }
 for (const details of document.querySelectorAll("details.run")) details.addEventListener("toggle", () => { if (details.open) fill(details); });
 const openTarget = () => { const place = location.hash.startsWith("#run-") && document.querySelector(location.hash); if (place) place.open = true; };
