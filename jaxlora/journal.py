@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jaxlora.config.load import CommandParser
 from jaxlora.core import cli
 from jaxlora.core.errors import InputError
+from jaxlora.core.printing import printable
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help answers at once
     from jaxlora.experiments.compare import Example
@@ -192,7 +193,8 @@ def _watch(arguments: Namespace, reader: Callable[[Path], "Run"], entries: Seque
                 continue  # the folder is being moved, or made anew
             found = news(entries)
             for name, lines in found:
-                out.entry(f"{time.strftime('%H:%M:%S')}  {name}", 38, [(text, "") for text in lines])
+                told = [(_flat(text), "") for text in lines]
+                out.entry(f"{time.strftime('%H:%M:%S')}  {_flat(name)}", 38, told)
             if found:
                 _write_outputs(
                     arguments, entries, "Journal of " + ", ".join(map(str, arguments.roots)), quiet=True
@@ -322,7 +324,7 @@ def _print_comparison(old: "Run", new: "Run", entry: "Entry", count: int) -> Non
             ]
             if rows:
                 out.table(name, rows, header=("step", old.name, new.name, "difference"))
-        out.table("verdict", [(line.text,) for line in lines(entry) if line.kind != "changes"])
+        out.table("verdict", [(_flat(line.text),) for line in lines(entry) if line.kind != "changes"])
         found = compare.examples(old, new)
         if found is None:
             out.say(
@@ -345,10 +347,13 @@ def _example(example: "Example") -> tuple[Any, ...]:
     return (*numbers, prompt, _shortened(example.reference))
 
 
-def _shortened(text: str, most: int = 56) -> str:
-    from jaxlora.data.visible import printable
+def _flat(text: str) -> str:
+    """Text of others in one line, without what could command a terminal."""
+    return printable(" ".join(text.split()))
 
-    flat = printable(" ".join(text.split()))
+
+def _shortened(text: str, most: int = 56) -> str:
+    flat = _flat(text)
     return flat if len(flat) <= most else flat[: most - 1] + "…"
 
 

@@ -31,22 +31,24 @@ class News:
     """What is new about runs since it was last asked."""
 
     def __init__(self) -> None:
-        self._told: dict[Path, tuple[str, ...]] = {}
+        self._told: dict[Path, tuple[tuple[str, ...], tuple[str, ...]]] = {}
 
     def __call__(self, entries: Sequence[Entry]) -> list[tuple[str, list[str]]]:
-        """(run's name, lines) of each run about which something is new: where it is, and what was not said before."""
-        found = []
+        """(run's name, lines) of each run that is new or has gone on: where it is, and what was not said before.
+
+        A verdict that changes because the baseline has gone on is no news of the run.
+        """
+        first, found = not self._told, []
         for entry in entries:
-            run = entry.run
             told = tuple(line.text for line in lines(entry))
-            where = state(run)
-            before = self._told.get(run.path)
-            now = (*told, where)
-            if before is not None and now != before:
-                found.append((run.name, [where, *(text for text in told if text not in before)]))
-            elif before is None and self._told:
-                found.append((run.name, [*told, where]))
-            self._told[run.path] = now
+            own = (state(entry.run), *entry.notes)
+            before = self._told.get(entry.run.path)
+            if before is None:
+                if not first:
+                    found.append((entry.run.name, [*told, own[0]]))
+            elif before[0] != own:
+                found.append((entry.run.name, [own[0], *(text for text in told if text not in before[1])]))
+            self._told[entry.run.path] = own, told
         return found
 
 
