@@ -70,8 +70,8 @@ def divergence(curve: Curve) -> Finding | None:
         end - lowest > max(DIVERGED_NATS, DIVERGED_SHARE (first - lowest)),   end > lowest + SPIKE noise
 
     with end the median of the last tenth (5 to WINDOW points), lowest the least of the recent medians, first the
-    median of the first 3. Where eval nll at the end is less than half of that above its own least, it is the batches
-    that differ and not the model: nothing is said.
+    median of the first 3. Where eval nll was measured since, and is less than DIVERGED_NATS above its least, it is the
+    batches that differ and not the model: nothing is said.
     """
     run = curve.run
     if run.status == "diverged":
@@ -100,7 +100,7 @@ def divergence(curve: Curve) -> Finding | None:
     if (
         len(steps)
         and np.isfinite(nll).all()
-        and nll[-1] - nll.min() < rise / 2
+        and nll[-1] - nll.min() < DIVERGED_NATS
         and steps[-1] >= curve.steps[-tail]
     ):
         return None
