@@ -155,7 +155,7 @@ def _confounded(case: Case) -> str:
     if not effect or len(keys) < 2 or not case.changed("lora.rank", "alpha/r"):
         return ""
     names = listed(change.name for change in keys)
-    return f"{names} changed together: which of them made the difference takes a run with one of them"
+    return f"{names} changed together: to tell which of them made the difference, change one at a time"
 
 
 _MOVES = ("lora.", "alpha/r", "optim.learning_rate", "train.batch_size", "data.train")
@@ -280,10 +280,10 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (_scale_changed_with_rank, "Kalajdzievski 2023"),
     (_rank_without_effect, "Hu et al. 2021, section 7.2"),
     (_confounded, "Montgomery 2017, chapter 7"),
+    (_undertrained, "this log"),
     (_worse, "this log"),
     (_decay_too_small, "Loshchilov and Hutter 2019"),
     (_overfits, "Prechelt 1998"),
-    (_undertrained, "this log"),
     (_edge, "Goodfellow et al. 2016, section 11.4.3"),
     (_long_warmup, "Goyal et al. 2017, section 2.2"),
     (_gap, "Goodfellow et al. 2016, section 5.2"),

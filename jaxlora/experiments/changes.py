@@ -43,6 +43,7 @@ _WORDS = {
     "eval.max_examples": "{} eval examples",
     "checkpoint.every": "a save every {} steps",
     "stop.patience": "patience of {} evaluations",
+    "stop.min_steps": "no early stop before step {}",
 }
 """Key -> phrase, in the order in which differences are told. Others go by their names."""
 
@@ -64,6 +65,7 @@ _UNSET = {
     "train.max_steps": 0,
     "eval.max_examples": 0,
     "stop.patience": None,
+    "stop.min_steps": None,
     "lora.init_from": "",
     "model.revision": "",
 }
