@@ -155,7 +155,7 @@ def _confounded(case: Case) -> str:
     if not effect or len(keys) < 2 or not case.changed("lora.rank", "alpha/r"):
         return ""
     names = listed(change.name for change in keys)
-    return f"{names} changed together: which of them made the difference takes a run with one of them"
+    return f"{names} changed together: to tell which of them made the difference, change one at a time"
 
 
 _MOVES = ("lora.", "alpha/r", "optim.learning_rate", "train.batch_size", "data.train")
@@ -166,23 +166,27 @@ def _decay_too_small(case: Case) -> str:
     decay = case.new.run.number("optim.weight_decay")
     if not decay or not case.changed("optim.weight_decay"):
         return ""
-    total = _sum_of_rates(case.new)
-    budget = 1 - np.exp(-decay * total) if total else None
+    budget = _decayed(case.new)
     if budget is None or budget >= SMALL_DECAY:
         return ""
-    enough = -np.log(1 - 3 * SMALL_DECAY) / total
+    enough = np.log(1 - 3 * SMALL_DECAY) / np.log(1 - budget) * decay
     return (
         f"weight decay {number(decay)} shrinks A and B by {budget:.1%} over the run, too little to matter; "
         f"{enough:.2g} would take {3 * SMALL_DECAY:.0%}"
     )
 
 
-def _sum_of_rates(reading: Reading) -> float:
-    """The learning rates of all steps, added up, from those that were logged; 0 where none was."""
+def _decayed(reading: Reading) -> float | None:
+    """The share by which weight decay shrinks a parameter: 1 - exp(-decay * sum of the steps' learning rates).
+
+    The rates between those that were logged are taken to lie on straight lines; None where none were.
+    """
+    decay = reading.run.number("optim.weight_decay")
     steps, rates = reading.run.train.of("train/learning_rate")
-    if len(steps) < 2:
-        return 0.0
-    return float(np.trapezoid(rates, steps) + rates[0] * steps[0])
+    if decay is None or len(steps) < 2:
+        return None
+    total = float(np.trapezoid(rates, steps) + rates[0] * steps[0])
+    return 1 - float(np.exp(-decay * total))
 
 
 def _long_warmup(case: Case) -> str:
@@ -225,6 +229,9 @@ def _worse(case: Case) -> str:
     if not case.old or not found or not found.numbers.get("significant") or found.numbers["difference"] < 0:
         return ""
     moved = [change for change in case.changes if change.key.startswith((*_MOVES, "optim."))]
+    shrunk = _decayed(case.new)
+    if shrunk is not None and shrunk < SMALL_DECAY:  # too little to be what made it worse
+        moved = [change for change in moved if change.key != "optim.weight_decay"]
     if not moved:
         return ""
     back = listed(f"{change.name} {number(change.old)}" for change in moved)
@@ -272,11 +279,11 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (_smoothed, "Szegedy et al. 2016, section 7"),
     (_scale_changed_with_rank, "Kalajdzievski 2023"),
     (_rank_without_effect, "Hu et al. 2021, section 7.2"),
-    (_decay_too_small, "Loshchilov and Hutter 2019"),
     (_confounded, "Montgomery 2017, chapter 7"),
-    (_overfits, "Prechelt 1998"),
     (_undertrained, "this log"),
     (_worse, "this log"),
+    (_decay_too_small, "Loshchilov and Hutter 2019"),
+    (_overfits, "Prechelt 1998"),
     (_edge, "Goodfellow et al. 2016, section 11.4.3"),
     (_long_warmup, "Goyal et al. 2017, section 2.2"),
     (_gap, "Goodfellow et al. 2016, section 5.2"),

@@ -43,6 +43,7 @@ _WORDS = {
     "eval.max_examples": "{} eval examples",
     "checkpoint.every": "a save every {} steps",
     "stop.patience": "patience of {} evaluations",
+    "stop.min_steps": "no early stop before step {}",
 }
 """Key -> phrase, in the order in which differences are told. Others go by their names."""
 
@@ -64,6 +65,7 @@ _UNSET = {
     "train.max_steps": 0,
     "eval.max_examples": 0,
     "stop.patience": None,
+    "stop.min_steps": None,
     "lora.init_from": "",
     "model.revision": "",
 }
@@ -110,16 +112,14 @@ def differing(old: Run, new: Run) -> list[Change]:
     shared = [key for key in new.config if key in old.config and matters(key)]
     keys = [key for key in shared if not same(old.config[key], new.config[key])]
     before, after = scale(old.config), scale(new.config)
-    told = []
-    if before and after:
-        steady = abs(before - after) <= SAME_SCALE * before
-        if steady and "lora.alpha" in keys and "lora.rank" in keys:
-            keys.remove("lora.alpha")
-        if not steady:
-            told.append(
-                Change("alpha/r", before, after, f"scale {_scaled(after)} instead of {_scaled(before)}")
-            )
-    told += [Change(key, old.config[key], new.config[key], _told(key, old, new)) for key in keys]
+    steady = before and after and abs(before - after) <= SAME_SCALE * before
+    if steady and "lora.alpha" in keys and "lora.rank" in keys:
+        keys.remove("lora.alpha")
+    told = [Change(key, old.config[key], new.config[key], _told(key, old, new)) for key in keys]
+    if before and after and not steady:
+        name = "alpha/sqrt(r)" if new.config.get("lora.scaling") == "rslora" else "alpha/r"
+        text = f"{name} {number(after)} instead of {number(before)}"
+        told.append(Change("alpha/r", before, after, text))
     return sorted(told, key=lambda change: _place(change.key))
 
 
@@ -146,10 +146,6 @@ def _place(key: str) -> tuple[int, str]:
     key = "lora.alpha" if key == "alpha/r" else key
     matching = [(len(start), -place) for place, start in enumerate(_ORDER) if key.startswith(start)]
     return (-max(matching)[1] if matching else len(_ORDER), key)
-
-
-def _scaled(value: float) -> str:
-    return f"alpha/r {number(value)}"
 
 
 def _told(key: str, old: Run, new: Run) -> str:

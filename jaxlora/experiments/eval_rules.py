@@ -167,8 +167,8 @@ def overfitting(evals: Evaluations, curve: Curve) -> Finding | None:
     With per-example losses: the paired rise from the minimum is above OVERFIT_ERRORS standard errors at the last
     IN_A_ROW evaluations, and at least NEGLIGIBLE of the minimum. Without: at least OVERFIT_AFTER evaluations after the
     minimum all lie above it, the median of the last three of them by OVERFIT_SHARE. Either way by OVERFIT_NOISE
-    deviations of the evaluations' noise, and never where train nll did not fall. What the run's own alarm recorded is
-    taken as it is.
+    deviations of the evaluations' noise (with examples, of those since the minimum), and never where train nll did not
+    fall. What the run's own alarm recorded is taken as it is.
     """
     recorded = evals.run.record.get("overfit")
     if isinstance(recorded, dict) and recorded.get("since") is not None:
@@ -180,19 +180,16 @@ def overfitting(evals: Evaluations, curve: Curve) -> Finding | None:
     if len(after) < IN_A_ROW or not _train_fell(curve, evals.best_step):
         return None
     rise = float(np.median(after[-3:]) - evals.best)
-    if rise < max(share_of(evals.best, NEGLIGIBLE), OVERFIT_NOISE * evals.noise):
+    if rise < share_of(evals.best, NEGLIGIBLE):
         return None
     if evals.best_examples is not None:
-        for step in evals.steps[-IN_A_ROW:]:
-            found = difference(evals.best_examples, evals.run.examples(int(step)))
-            if found is None or found.z <= OVERFIT_ERRORS:
-                return None
+        found = [difference(evals.best_examples, evals.run.examples(int(s))) for s in evals.steps[-IN_A_ROW:]]
+        certain = all(one is not None and one.z > OVERFIT_ERRORS for one in found)
+        if not certain or rise < OVERFIT_NOISE * shapes.noise(evals.values[place:]):
+            return None
         return _overfits(evals.best_step, float(after[-1] - evals.best), evals)
-    if (
-        len(after) < OVERFIT_AFTER
-        or (after <= evals.best).any()
-        or rise < share_of(evals.best, OVERFIT_SHARE)
-    ):
+    least = max(share_of(evals.best, OVERFIT_SHARE), OVERFIT_NOISE * evals.noise)
+    if len(after) < OVERFIT_AFTER or (after <= evals.best).any() or rise < least:
         return None
     return _overfits(evals.best_step, rise, evals)
 

@@ -28,6 +28,9 @@ _SECTIONS = {"model", "data", "lora", "optim", "train"}
 _NAMED = re.compile(r"(Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)\d\d_\d\d-\d\d")
 """How a run that was given no name is called: the day and the minute at which it began."""
 
+_EVENTS = re.compile(r"events\.out\.tfevents\.(\d{9,11})\.")
+"""TensorBoard's files have the second at which they were begun in their names."""
+
 
 @dataclass(frozen=True)
 class Curves:
@@ -240,7 +243,8 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> Curves:
     values: dict[str, np.ndarray] = {}
     texts: dict[str, dict[int, str]] = {}
     for name in names:
-        if name == "step" or name.endswith("/nonfinite"):
+        beside = name.removesuffix("/nonfinite") in names and name.endswith("/nonfinite")
+        if name == "step" or beside:  # the latter is how runs.files.encode_json writes a NaN
             continue
         logged = [row.get(name) for row in rows]
         try:
@@ -360,10 +364,19 @@ def _modified(file: Path) -> float | None:
 
 
 def started(folder: Path, record: Mapping[str, Any]) -> float | None:
-    """When a run began: as recorded; else as its name says, in the year of its files; else the date of its config."""
+    """When a run began, in seconds since 1970: as the first of these says that says anything.
+
+    The record; the names of its event files; its own name (Nov22_10-57), in the year of its files; their date.
+    """
     recorded = record.get("started")
     if isinstance(recorded, int | float):
         return float(recorded)
+    try:
+        events = [_EVENTS.match(entry.name) for entry in os.scandir(folder / "tensorboard")]
+    except OSError:
+        events = []
+    if times := [float(found[1]) for found in events if found]:
+        return min(times)
     modified = next((t for name in (CONFIG, METRICS, RECORD) if (t := _modified(folder / name))), None)
     named = _NAMED.match(folder.name)
     try:

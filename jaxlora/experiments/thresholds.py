@@ -23,11 +23,15 @@ UNPAIRED_NEGLIGIBLE = 0.02
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Shares of the baseline's fall of train nll at which the steps of both are compared."""
 
-SLOWER, MUCH_SLOWER = 1.2, 2.0
-"""Steps over the baseline's steps, from which a run converges slower, and much slower; faster below the inverse."""
+SLIGHTLY, SLOWER, MUCH_SLOWER = 1.15, 1.4, 2.5
+"""Steps over the baseline's steps, from which a run converges slightly slower, slower, much slower; faster below the
+inverse."""
 
 AGREEING = 0.75
 """Share of the levels that must be on the same side of equal."""
+
+APART, FEWEST_APART = 3.0, 4
+"""Standard errors by which two train curves differ in the mean, over as many logged steps at least."""
 
 SAME_CURVE, NEARER = 0.01, 3.0
 """Runs are alike where the falls of train nll are this share of it apart, and the baseline's as many times as far."""

@@ -14,8 +14,10 @@ from jaxlora.experiments.curve import Curve
 from jaxlora.experiments.findings import Finding, nats, times
 from jaxlora.experiments.thresholds import (
     AGREEING,
+    APART,
     DIVERGED_NATS,
     DIVERGED_SHARE,
+    FEWEST_APART,
     FEWEST_POINTS,
     LEVELS,
     MUCH_SLOWER,
@@ -23,6 +25,7 @@ from jaxlora.experiments.thresholds import (
     RISING_NORM,
     RISING_RANK,
     SAME_CURVE,
+    SLIGHTLY,
     SLOWER,
     SMALL_SPIKES,
     WINDOW,
@@ -67,8 +70,8 @@ def divergence(curve: Curve) -> Finding | None:
         end - lowest > max(DIVERGED_NATS, DIVERGED_SHARE (first - lowest)),   end > lowest + SPIKE noise
 
     with end the median of the last tenth (5 to WINDOW points), lowest the least of the recent medians, first the
-    median of the first 3. Where eval nll at the end is less than half of that above its own least, it is the batches
-    that differ and not the model: nothing is said.
+    median of the first 3. Where eval nll was measured since, and is less than DIVERGED_NATS above its least, it is the
+    batches that differ and not the model: nothing is said.
     """
     run = curve.run
     if run.status == "diverged":
@@ -97,7 +100,7 @@ def divergence(curve: Curve) -> Finding | None:
     if (
         len(steps)
         and np.isfinite(nll).all()
-        and nll[-1] - nll.min() < rise / 2
+        and nll[-1] - nll.min() < DIVERGED_NATS
         and steps[-1] >= curve.steps[-tail]
     ):
         return None
@@ -117,7 +120,7 @@ def risk(curve: Curve) -> Finding | None:
     signs, numbers = [], {}
     _, norms = curve.norms
     quarter = len(norms) // 4
-    if quarter >= 3:
+    if quarter >= FEWEST_POINTS // 2:
         early, late = float(np.median(norms[quarter : 2 * quarter])), float(np.median(norms[-quarter:]))
         if late > RISING_NORM * early > 0 and shapes.rank_correlation(norms[quarter:]) > RISING_RANK:
             signs.append(f"the gradient norm rises from {early:.3g} to {late:.3g} ({times(late / early)})")
@@ -137,8 +140,11 @@ def convergence(new: Curve, old: Curve) -> Finding | None:
         factor  = median over k of t_new(level_k) / t_old(level_k)
 
     on the nearest curves that never rise. A level that the new run did not reach, though it took SLOWER times as many
-    steps, counts as infinite. It is faster or slower where the factor is beyond SLOWER and AGREEING of the levels say
-    likewise, much slower from MUCH_SLOWER on.
+    steps, counts as infinite. It is slightly faster or slower where the factor is beyond SLIGHTLY and AGREEING of the
+    levels say likewise, plainly so from SLOWER on, and much from MUCH_SLOWER on. All of that only where the curves
+    differ by more than their noise, up to the last level:
+
+        |mean(new - old)| > APART noise(new - old) / sqrt(points),   over FEWEST_APART points at least
     """
     if len(new) < FEWEST_POINTS or len(old) < FEWEST_POINTS or new.name != old.name:
         return None
@@ -158,27 +164,39 @@ def convergence(new: Curve, old: Curve) -> Finding | None:
     factor = float(np.median(ratios))
     level, before, after = shown[len(shown) // 2]
     numbers = {"factor": factor, "level": level, "baseline_step": before}
+    differs = _apart(new, old, shown[-1][1])
     if math.isinf(factor):
-        numbers = {"at_least": float(new.steps[-1] / before), "level": level, "baseline_step": before}
-        text = (
-            f"converges much slower: train nll {nats(level)} is not reached in {int(new.steps[-1]):,} steps "
-            f"(baseline: {before:,.0f})"
-        )
-        return Finding("convergence", text, numbers)
+        at_least = float(new.steps[-1] / before)
+        much = "much " if at_least > MUCH_SLOWER else ""
+        where = f"train nll {nats(level)} is not reached in {int(new.steps[-1]):,} steps (baseline: {before:,.0f})"
+        numbers = {"at_least": at_least, "level": level, "baseline_step": before}
+        return Finding("convergence", f"converges {much}slower: {where}", numbers) if differs > 0 else None
     where = f"train nll {nats(level)} at step {after:,.0f} instead of {before:,.0f}" if after else ""
     slower, faster = (np.mean([r > 1 for r in ratios]), np.mean([r < 1 for r in ratios]))
-    if factor > SLOWER and slower >= AGREEING:
-        much = "much " if factor > MUCH_SLOWER else ""
+    degree = max(factor, 1 / factor)
+    much = "much " if degree > MUCH_SLOWER else "slightly " if degree < SLOWER else ""
+    if factor > SLIGHTLY and differs > 0 and slower >= AGREEING:
         text = f"converges {much}slower: {times(factor)} the steps ({where})"
-    elif factor < 1 / SLOWER and faster >= AGREEING:
-        text = f"converges faster: in {times(factor)} the steps ({where})"
+    elif factor < 1 / SLIGHTLY and differs < 0 and faster >= AGREEING:
+        text = f"converges {much}faster: in {times(factor)} the steps ({where})"
     else:
-        text = f"converges as fast as the baseline ({where})"
+        beyond = " within the noise" if not 1 / SLIGHTLY <= factor <= SLIGHTLY else ""
+        text = f"converges as fast as the baseline{beyond} ({where})"
     size, old_size = (curve.run.number("train.batch_size") for curve in (new, old))
     if size and old_size and size != old_size:
         numbers["factor_examples"] = factor * size / old_size
         text += f"; {times(factor * size / old_size)} the examples"
     return Finding("convergence", text, numbers)
+
+
+def _apart(new: Curve, old: Curve, last: float) -> int:
+    """1 where the new curve lies above the old one by more than noise, -1 where below, up to a step; 0 else."""
+    within = (new.steps <= last) & (new.steps >= old.steps[0])
+    gaps = new.values[within] - np.interp(new.steps[within], old.steps, old.values)
+    if len(gaps) < FEWEST_APART:
+        return 0
+    error = shapes.noise(gaps) / math.sqrt(len(gaps))
+    return int(np.sign(gaps.mean())) if abs(gaps.mean()) > APART * error else 0
 
 
 def _reached(curve: Curve, level: float) -> float | None:

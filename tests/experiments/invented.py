@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+ROOT = Path(__file__).resolve().parents[2]
+
 EPOCH = 3000
 """Steps of an epoch at batch 128."""
 
@@ -61,10 +63,10 @@ MISTRAL = replace(USUAL, start=1.7, end=0.75, eval_start=1.4, eval_end=1.05)
 
 NOTEBOOK = {
     "Nov22_10-57": USUAL,
-    "Nov22_14-28": replace(USUAL, speed=1.05),
-    "Nov22_18-58": replace(USUAL, speed=0.5),
+    "Nov22_14-28": replace(USUAL, speed=0.85, eval_speed=14.0),
+    "Nov22_18-58": replace(USUAL, speed=0.45),
     "Nov22_21-31": replace(USUAL, speed=0.3, end=0.8, eval_end=1.78),
-    "Nov22_22-20": replace(USUAL, speed=0.5, eval_speed=14.0),
+    "Nov22_22-20": replace(USUAL, speed=0.45, eval_speed=14.0),
     "Nov23_15-59": replace(USUAL, speed=0.5, end=0.45),
     "Nov23_19-53": replace(USUAL, speed=0.15, eval_speed=40.0, spike=(4096, 2.5)),
     "Nov23_21-37": replace(USUAL, eval_end=1.42, eval_speed=1.5),
@@ -216,7 +218,7 @@ def notebook(root: Path) -> list[Path]:
 
     written = []
     for name, made in NOTEBOOK.items():
-        config = to_dict(load_config(f"configs/notebook.py:{name}"))
+        config = to_dict(load_config(f"{ROOT}/configs/notebook.py:{name}"))
         for key, value in made.changes.items():
             section, _, last = key.partition(".")
             config[section][last] = value
@@ -226,6 +228,6 @@ def notebook(root: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path.insert(0, str(ROOT))
     for folder in notebook(Path(sys.argv[1])):
         print(folder)

@@ -108,6 +108,9 @@ def test_record(finished):
     assert found["data"]["eval"]["examples"] == 20
     assert len(found["data"]["train"]["fingerprint"]) == 32
     assert found["baseline"] == found["hypothesis"] == ""
+    assert found["total_steps"] == 6
+    assert {"model.path", "train.max_steps"} < set(found["not_default"])
+    assert "optim.eps" not in found["not_default"]
 
 
 def test_curves(finished):

@@ -1,5 +1,6 @@
 """What happens in a run: its events, wired to the folder and to what the person sees."""
 
+import dataclasses
 import importlib.metadata
 import math
 from collections.abc import Callable
@@ -8,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from jaxlora.config.build import guarding
-from jaxlora.config.build.inputs import Data, HeldOut, Model
+from jaxlora.config.build.inputs import Data, HeldOut, Model, total_steps
 from jaxlora.config.build.programs import Programs, put_batch
-from jaxlora.config.schema import Config
+from jaxlora.config.schema import KEYS, Config
 from jaxlora.core.errors import InputError
 from jaxlora.data.batches import EvalBatches
+from jaxlora.experiments.records import flatten
 from jaxlora.parallel.rows import Share
 from jaxlora.runs.progress import Progress
 from jaxlora.training.answers import Answers, columns, lines, markdown, scores
@@ -223,6 +225,7 @@ def facts(config: Config, model: Model, data: Data) -> dict[str, Any]:
     """The fields of record.json that are known before the first step."""
     import jaxlora
 
+    keys = flatten(dataclasses.asdict(config))
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
     devices = model.mesh.devices
     return {
@@ -241,6 +244,11 @@ def facts(config: Config, model: Model, data: Data) -> dict[str, Any]:
                 ("eval", data.eval_source, data.eval),
             )
         },
+        "total_steps": total_steps(config, data.train),
+        # So that a default which another version changes can be told from what a person chose.
+        "not_default": [
+            path for path, value in keys.items() if KEYS[path].required or value != KEYS[path].default
+        ],
         "baseline": config.journal.baseline,
         "hypothesis": config.journal.hypothesis,
     }
