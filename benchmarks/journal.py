@@ -76,7 +76,8 @@ def write_run(folder: Path, number: int, steps: int) -> None:
         (folder / f"eval/eval-{step:08d}.jsonl").write_text("\n".join(rows) + "\n")
         lines.append(
             f'{{"step": {step}, "eval/nll": {evaluated[step]!r}, '
-            f'"eval/perplexity": {np.exp(evaluated[step]).item()!r}, "eval/token_accuracy": 0.6, "eval/top5_accuracy": 0.8, "eval/entropy": 1.2, "eval/ece": 0.02}}'
+            f'"eval/perplexity": {np.exp(evaluated[step]).item()!r}, "eval/token_accuracy": 0.6, '
+            '"eval/top5_accuracy": 0.8, "eval/entropy": 1.2, "eval/ece": 0.02}'
         )
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     best = min(evaluated, key=lambda step: evaluated[step])

@@ -1,5 +1,6 @@
 """The report: one HTML file that needs nothing else, with the log, curves, a table and the details of every run."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -173,19 +174,32 @@ def _curve(run: Run, name: str, points: int) -> tuple[list[int], list[float | No
     """Steps and values, of many points those that show its shape: the lowest and the highest of every stretch."""
     steps, values = curves_of(run, name).of(name)
     if len(steps) > points:
-        stretches = np.array_split(np.arange(len(steps)), max(1, points // 2))
-        kept = [0, len(steps) - 1]
-        for stretch in stretches:
-            part = values[stretch]
-            kept += [stretch[np.argmin(part)], stretch[np.argmax(part)]]
-        chosen = np.unique(kept)
+        stretches = max(1, points // 2)
+        width = len(values) // stretches
+        begins = np.arange(stretches) * width
+        parts = values[: stretches * width].reshape(stretches, width)
+        rest = np.arange(stretches * width, len(values))
+        rest = rest[[np.argmin(values[rest]), np.argmax(values[rest])]] if len(rest) else rest
+        ends = np.array([0, len(values) - 1])
+        chosen = np.unique(
+            np.concatenate([ends, begins + parts.argmin(axis=1), begins + parts.argmax(axis=1), rest])
+        )
         steps, values = steps[chosen], values[chosen]
-    return steps.tolist(), [_short(value) for value in values.tolist()]
+    return steps.tolist(), [value if math.isfinite(value) else None for value in _rounded(values).tolist()]
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """To five digits, more than a picture shows."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        digits = 4 - np.floor(np.log10(np.abs(values)))
+    # A power of ten up to 1e22 is exact, so the quotient is the double nearest to the decimal.
+    scale = 10.0 ** np.clip(np.where(np.isfinite(digits), digits, 0), 0, 22)
+    return np.rint(values * scale) / scale
 
 
 def _short(value: float) -> float | None:
-    """Five digits are more than a picture shows; what is not finite has no place in it."""
-    return float(f"{value:.5g}") if np.isfinite(value) else None
+    """A number to five digits; what is not finite has no place in a report."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def _common(runs: Sequence[Run]) -> dict[str, Any]:
