@@ -43,7 +43,7 @@ def baselines(runs: Sequence[Run]) -> list[tuple[Run | None, str]]:
     named: dict[str, list[Run]] = {}
     for run in runs:
         named.setdefault(run.name, []).append(run)
-    models = [model_of(run) for run in runs]
+    models = np.unique([model_of(run) for run in runs], return_inverse=True)[1]
     usable = np.array([bool(len(run.train.steps) + len(run.eval.steps)) for run in runs], bool)
     usable &= np.array([run.status != "diverged" for run in runs], bool)
     codes = _codes(runs)
@@ -54,9 +54,7 @@ def baselines(runs: Sequence[Run]) -> list[tuple[Run | None, str]]:
         if others:
             chosen.append((min(others, key=lambda other: _apart(other, run)), ""))
             continue
-        candidates = np.flatnonzero(
-            usable[:index] & np.array([m == models[index] for m in models[:index]], bool)
-        )
+        candidates = np.flatnonzero(usable[:index] & (models[:index] == models[index]))
         nearest = _nearest(codes, index, candidates)
         found = None if nearest is None else runs[nearest]
         told = ""

@@ -8,7 +8,7 @@ from jaxlora.experiments.baseline import baselines, changed_defaults, in_order, 
 from jaxlora.experiments.changes import differing
 from jaxlora.experiments.findings import Finding
 from jaxlora.experiments.records import Run
-from jaxlora.experiments.verdict import Reading, verdict
+from jaxlora.experiments.verdict import Earlier, Reading, verdict
 
 
 @dataclass(frozen=True)
@@ -47,23 +47,23 @@ def journal(runs: Sequence[Run], tick: Callable[[], None] = lambda: None) -> lis
     readings = {id(run): Reading(run) for run in ordered}
     rates = tried(readings.values())
     entries: list[Entry] = []
-    before: dict[str, list[Reading]] = {}
+    before: dict[str, Earlier] = {}
     for run, (baseline, told) in zip(ordered, baselines(ordered), strict=True):
         new, old = readings[id(run)], readings[id(baseline)] if baseline else None
-        earlier = before.setdefault(model_of(run), [])
+        earlier = before.setdefault(model_of(run), Earlier(len(ordered)))
         entries.append(_entry(new, old, earlier, told, rates.get(str(run.path))))
-        earlier.append(new)
+        earlier.add(new.curve)
         tick()
     return _grouped(entries)
 
 
 def compare(new: Run, old: Run) -> Entry:
     """The entry of a run against one that is named, whatever its own baseline is."""
-    return _entry(Reading(new), Reading(old), (), "", None)
+    return _entry(Reading(new), Reading(old), None, "", None)
 
 
 def _entry(
-    new: Reading, old: Reading | None, earlier: Sequence[Reading], told: str, rates: Rates | None
+    new: Reading, old: Reading | None, earlier: Earlier | None, told: str, rates: Rates | None
 ) -> Entry:
     run = new.run
     changes = tuple(differing(old.run, run)) if old else ()

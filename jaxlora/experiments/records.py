@@ -237,9 +237,8 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> Curves:
     if not rows:
         return NO_CURVES
     steps = np.array([row["step"] for row in rows], np.int64)
-    names: dict[str, None] = {}
-    for row in rows:
-        names.update(dict.fromkeys(row))
+    # Most lines have the same keys: as many sets of keys as there are kinds of lines, not as there are lines.
+    names = dict.fromkeys(name for keys in dict.fromkeys(map(tuple, rows)) for name in keys)
     values: dict[str, np.ndarray] = {}
     texts: dict[str, dict[int, str]] = {}
     for name in names:

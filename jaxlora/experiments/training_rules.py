@@ -211,7 +211,7 @@ def _reached(curve: Curve, level: float) -> float | None:
     return float(curve.steps[i - 1] + share * (curve.steps[i] - curve.steps[i - 1]))
 
 
-def alike(new: Curve, old: Curve | None, earlier: Sequence[Curve]) -> Finding | None:
+def alike(new: Curve, old: Curve | None, earlier: Sequence[Curve], falls: np.ndarray) -> Finding | None:
     """Like another earlier run than its baseline:
 
         distance(a, b) = mean |fall_a - fall_b| / max(mean fall_a, 1 nat)
@@ -221,16 +221,17 @@ def alike(new: Curve, old: Curve | None, earlier: Sequence[Curve]) -> Finding | 
 
     Args:
         earlier: runs of the same model that began before; the baseline may be among them.
+        falls: [n, G] the falls of each of them on the grid.
     """
-    if not earlier or len(new) < FEWEST_POINTS:
-        return None
-    falls = np.stack([curve.on_grid for curve in earlier])
     reached = np.isfinite(new.on_grid)
-    both = np.isfinite(falls) & reached
+    if not earlier or len(new) < FEWEST_POINTS or not reached.any():
+        return None
+    own = new.on_grid[reached]
+    gaps = np.abs(falls[:, reached] - own)
+    both = np.isfinite(gaps)
     count = both.sum(axis=1)
-    gaps = np.where(both, np.abs(falls - new.on_grid), 0.0).sum(axis=1) / np.maximum(count, 1)
-    gaps /= max(float(new.on_grid[reached].mean()) if reached.any() else 0.0, 1.0)
-    gaps[count < max(1, 0.9 * reached.sum())] = np.inf
+    gaps = np.where(both, gaps, 0.0).sum(axis=1) / np.maximum(count, 1) / max(float(own.mean()), 1.0)
+    gaps[count < 0.9 * len(own)] = np.inf
     base = next((gap for curve, gap in zip(earlier, gaps, strict=True) if curve is old), np.inf)
     nearest = int(np.argmin(gaps))
     if earlier[nearest] is old or gaps[nearest] > SAME_CURVE or base < NEARER * gaps[nearest]:

@@ -1,12 +1,10 @@
 """The verdict on a run: what its rules say, the weightiest first."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from jaxlora.experiments import eval_rules, training_rules
 from jaxlora.experiments.baseline import model_of
-from jaxlora.experiments.curve import Curve
+from jaxlora.experiments.curve import GRID, Curve
 from jaxlora.experiments.eval_rules import Evaluations
 from jaxlora.experiments.findings import Finding, nats
 from jaxlora.experiments.records import Run
@@ -22,7 +20,29 @@ class Reading:
         self.evals = Evaluations(run)
 
 
-def verdict(new: Reading, old: Reading | None, earlier: Sequence[Reading] = ()) -> tuple[Finding, ...]:
+class Earlier:
+    """The runs of one model so far, their curves laid out for `training_rules.alike`.
+
+    Attributes:
+        curves: [n] of them.
+    """
+
+    def __init__(self, most: int):
+        self.curves: list[Curve] = []
+        self._falls = np.empty((most, len(GRID)))
+
+    @property
+    def falls(self) -> np.ndarray:
+        """[n, G] their falls on the grid."""
+        return self._falls[: len(self.curves)]
+
+    def add(self, curve: Curve) -> None:
+        """One more; `most` at most."""
+        self._falls[len(self.curves)] = curve.on_grid
+        self.curves.append(curve)
+
+
+def verdict(new: Reading, old: Reading | None, earlier: "Earlier | None" = None) -> tuple[Finding, ...]:
     """What came of a run.
 
     Args:
@@ -46,7 +66,7 @@ def verdict(new: Reading, old: Reading | None, earlier: Sequence[Reading] = ()) 
     return tuple(finding for finding in found if finding)
 
 
-def _against(new: Reading, old: Reading, earlier: Sequence[Reading], diverged: bool) -> list[Finding | None]:
+def _against(new: Reading, old: Reading, earlier: "Earlier | None", diverged: bool) -> list[Finding | None]:
     if model_of(new.run) != model_of(old.run):
         return [Finding("data", f"not compared with {old.run.name}, which has another model")]
     told: list[Finding | None] = []
@@ -59,7 +79,8 @@ def _against(new: Reading, old: Reading, earlier: Sequence[Reading], diverged: b
         return told
     if not diverged:
         told.append(training_rules.convergence(new.curve, old.curve))
-        told.append(training_rules.alike(new.curve, old.curve, [other.curve for other in earlier]))
+        if earlier:
+            told.append(training_rules.alike(new.curve, old.curve, earlier.curves, earlier.falls))
     return [*told, eval_rules.compared(new.evals, old.evals)]
 
 

@@ -9,7 +9,7 @@ from jaxlora.experiments import eval_rules, training_rules
 from jaxlora.experiments.curve import Curve
 from jaxlora.experiments.eval_rules import Evaluations
 from jaxlora.experiments.records import Curves
-from jaxlora.experiments.verdict import Reading, verdict
+from jaxlora.experiments.verdict import Earlier, Reading, verdict
 from tests.experiments.drawn import level, run, table
 
 draw = np.random.default_rng(0)
@@ -229,13 +229,15 @@ def test_smoothed_losses_are_not_compared():
 def test_a_curve_like_that_of_another_run_than_the_baseline():
     base, twin = run(smooth(), name="base"), run(level(400, speed=8) + NOISE, name="twin")
     new = run(level(400, speed=8) + NOISE[::-1], name="new")
-    readings = [Reading(base), Reading(twin)]
-    found = {f.kind: f for f in verdict(Reading(new), readings[0], readings)}
+    readings, earlier = [Reading(base), Reading(twin)], Earlier(2)
+    for reading in readings:
+        earlier.add(reading.curve)
+    found = {f.kind: f for f in verdict(Reading(new), readings[0], earlier)}
     assert found["alike"].text == "train curve like that of twin"
-    same = {f.kind for f in verdict(Reading(new), readings[1], readings)}
+    same = {f.kind for f in verdict(Reading(new), readings[1], earlier)}
     assert "alike" not in same
     unlike = run(level(400, speed=9.5) + NOISE[::-1])
-    assert "alike" not in {f.kind for f in verdict(Reading(unlike), readings[0], readings)}
+    assert "alike" not in {f.kind for f in verdict(Reading(unlike), readings[0], earlier)}
 
 
 # ---- eval nll against the baseline ---------------------------------------------------------------------------------
