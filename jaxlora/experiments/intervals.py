@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from jaxlora.experiments.paired import FEWEST, difference
 from jaxlora.experiments.thresholds import CONFIDENCE
@@ -97,5 +97,5 @@ def _mean(columns: Columns | None) -> tuple[float, float, float, int] | None:
 
 
 def _around(mean: float, error: float, free: float, examples: int, paired: bool) -> Interval:
-    reach = float(student.ppf((1 + CONFIDENCE) / 2, max(free, 1.0))) * error
+    reach = float(stdtrit(max(free, 1.0), (1 + CONFIDENCE) / 2)) * error
     return Interval(mean, mean - reach, mean + reach, examples, paired)
