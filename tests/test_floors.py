@@ -54,7 +54,10 @@ NEVER_REACHES = {
 }
 
 # Too slow to load before --help has been answered; commands import these inside functions.
-SLOW = ("jax", "flax", "optax", "orbax", "transformers", "datasets", "clu", "tensorflow", "torch", "rich")
+SLOW = (
+    "jax", "flax", "optax", "orbax", "transformers", "datasets", "clu", "tensorflow", "torch", "rich", "scipy",
+    "matplotlib",
+)  # fmt: skip
 QUICK = (
     "jaxlora.config.schema",
     "jaxlora.config.load",
