@@ -115,20 +115,25 @@ def spike_steps(entry: Entry) -> list[int]:
 
 
 def swept(runs: Sequence[Run]) -> list[str]:
-    """Settings with numbers that decide how a run trains, and of which runs have more than one, the most varied first.
+    """Settings with numbers that decide how a run trains, and of which runs of one model have several values.
 
     An alpha that only follows the rank is none.
     """
-    values: dict[str, set[float]] = {}
+    values: dict[tuple[str, str], set[float]] = {}
+    scales: dict[str, set[float | None]] = {}
     for run in runs:
+        model = model_of(run)
+        scales.setdefault(model, {None}).add(scale(run.config))
         for key, value in run.config.items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if number and matters(key) and not key.startswith(_WATCHING):
-                values.setdefault(key, set()).add(value)
-    if len({scale(run.config) for run in runs} - {None}) == 1:
-        values.pop("lora.alpha", None)
-    varied = [key for key, found in values.items() if len(found) > 1]
-    return sorted(varied, key=lambda key: -len(values[key]))
+                values.setdefault((model, key), set()).add(value)
+    varied: dict[str, int] = {}
+    for (model, key), found in values.items():
+        follows = key == "lora.alpha" and len(scales[model]) <= 2
+        if len(found) > 1 and not follows:
+            varied[key] = max(len(found), varied.get(key, 0))
+    return sorted(varied, key=lambda key: -varied[key])
 
 
 class Line(NamedTuple):

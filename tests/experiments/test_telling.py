@@ -87,6 +87,11 @@ def test_swept_settings_are_those_that_train(tmp_path):
     write_run(tmp_path / "c", eval__every=10, lora__rank=32, lora__alpha=64.0)
     runs = read_all([tmp_path])
     assert telling.swept(runs) == ["lora.rank", "optim.learning_rate"]  # alpha only follows the rank
+    write_run(tmp_path / "e", model__path="another", train__batch_size=512)
+    assert telling.swept(read_all([tmp_path])) == [
+        "lora.rank",
+        "optim.learning_rate",
+    ]  # another model is no sweep
     write_run(tmp_path / "d", eval__every=10, lora__rank=32, lora__alpha=32.0)
     assert "lora.alpha" in telling.swept(read_all([tmp_path]))
 
