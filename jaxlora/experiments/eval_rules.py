@@ -162,9 +162,9 @@ def _paired(new: Evaluations, old: Evaluations, found: Interval) -> Finding:
 
 def _level(value: float, other: float) -> str:
     """An nll to two digits after the point, more where that would not tell it from the other."""
-    for digits in (2, 3, 4):
-        if f"{value:.{digits}f}" != f"{other:.{digits}f}":
-            break
+    digits = 2 if min(value, other) >= 0.1 else 4
+    while digits < 4 and f"{value:.{digits}f}" == f"{other:.{digits}f}":
+        digits += 1
     return f"{value:.{digits}f}"
 
 

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from jaxlora.experiments.advice import RULES, Case, advise, tried
+from jaxlora.experiments.advice import RULES, Case, Rates, advise, tried
 from jaxlora.experiments.changes import differing
 from jaxlora.experiments.verdict import Reading, verdict
 from tests.experiments.drawn import level, run
@@ -127,6 +127,8 @@ def test_overfitting_and_evaluations_too_far_apart():
 def test_an_undertrained_run():
     falling = {100: 2.0, 200: 1.8, 300: 1.7, 400: 1.62, 500: 1.55, 600: 1.49}
     assert advice(made(falling)).startswith("train longer (6 epochs) or at a learning rate of 2e-4")
+    tried_higher = Rates((1e-4, 2e-4), 2e-4, "another")
+    assert advice(made(falling), rates=tried_higher) == "train longer (6 epochs) [this log]"
 
 
 def test_smoothed_losses():

@@ -187,6 +187,17 @@ def test_a_level_that_is_never_reached():
     assert all(math.isfinite(value) for value in found.numbers.values())
 
 
+def test_a_run_that_gets_stuck_and_one_that_is_but_slow():
+    flat = np.concatenate([level(40, start=2.6, end=1.9), np.full(360, 1.9)]) + NOISE
+    found = rule("stuck", run(flat), run(smooth()))
+    assert found.numbers["level"] == pytest.approx(1.9, abs=0.05)
+    assert rule("steady", run(flat), run(smooth())) is None
+    assert rule("stuck", run(level(400, speed=1.5) + NOISE), run(smooth())) is None
+    near = np.concatenate([level(40, end=1.1), np.full(360, 1.1)]) + NOISE
+    assert rule("stuck", run(near), run(smooth())) is None
+    assert rule("steady", run(near), run(smooth())) is not None
+
+
 def test_a_run_too_short_to_reach_a_level_is_not_blamed():
     assert "as fast" in rule("convergence", run(smooth()[:60]), run(smooth())).text
 
