@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxlora.experiments.baseline import model_of
-from jaxlora.experiments.changes import Change, listed, matters, number, scale
+from jaxlora.experiments.changes import Change, listed, matters, number, scale, shown
 from jaxlora.experiments.findings import Finding, nats
 from jaxlora.experiments.thresholds import COARSE, GAP, LONG_WARMUP, SLOWER, SMALL_DECAY
 from jaxlora.experiments.verdict import Reading, smoothed_apart
@@ -221,20 +221,27 @@ def _undertrained(case: Case) -> str:
         if epochs and not case.new.run.config.get("train.max_steps")
         else "more steps"
     )
-    return f"train longer ({longer})" + (f" or at a learning rate of {number(2 * rate)}" if rate else "")
+    higher = case.rates and rate and case.rates.rates[-1] > rate  # then it is known what more of it does
+    return f"train longer ({longer})" + (
+        f" or at a learning rate of {number(2 * rate)}" if rate and not higher else ""
+    )
 
 
 def _worse(case: Case) -> str:
     found = case.verdict.get("eval")
     if not case.old or not found or not found.numbers.get("significant") or found.numbers["difference"] < 0:
         return ""
-    moved = [change for change in case.changes if change.key.startswith((*_MOVES, "optim."))]
+    moved = [
+        change
+        for change in case.changes
+        if change.key.startswith(("lora.", "alpha/r", "optim.", "train.batch_size"))
+    ]
     shrunk = _decayed(case.new)
     if shrunk is not None and shrunk < SMALL_DECAY:  # too little to be what made it worse
         moved = [change for change in moved if change.key != "optim.weight_decay"]
     if not moved:
         return ""
-    back = listed(f"{change.name} {number(change.old)}" for change in moved)
+    back = listed(f"{change.name} {shown(change.old)}" for change in moved)
     return f"go back to {back}: {case.old.run.name} is better"
 
 

@@ -137,7 +137,7 @@ def changed_defaults(old: Run, new: Run) -> list[str]:
     chosen = [run.record.get("not_default") for run in (old, new)]
     if not all(isinstance(keys, list) for keys in chosen):
         return []
-    set_by_hand = {key for keys in chosen for key in keys or ()}
+    set_by_hand = {str(key) for keys in chosen for key in keys or ()}
     shared = [key for key in new.config if key in old.config and matters(key)]
     return [key for key in shared if key not in set_by_hand and not same(old.config[key], new.config[key])]
 

@@ -154,15 +154,16 @@ def _told(key: str, old: Run, new: Run) -> str:
         return _SWITCHES[key][not after]
     words = _WORDS.get(key) or f"{key.rpartition('.')[2].replace('_', ' ')} {{}}"
     if key in _UNSET and after == _UNSET[key]:
-        return f"no longer {words.format(_value(before))}"
+        return f"no longer {words.format(shown(before))}"
     if key in _UNSET and before == _UNSET[key]:
-        return words.format(_value(after))
-    return f"{words.format(_value(after))} instead of {_value(before)}"
+        return words.format(shown(after))
+    return f"{words.format(shown(after))} instead of {shown(before)}"
 
 
-def _value(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A config value in words."""
     if isinstance(value, tuple):
-        return "(" + ", ".join(_value(item) for item in value) + ")"
+        return "(" + ", ".join(shown(item) for item in value) + ")"
     if isinstance(value, str):
         return PurePath(value).name if value.startswith("/") else value or "nothing"
     if value is None:

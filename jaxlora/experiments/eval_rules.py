@@ -12,7 +12,7 @@ from jaxlora.experiments import shapes
 from jaxlora.experiments.baseline import same_eval_data
 from jaxlora.experiments.curve import Curve
 from jaxlora.experiments.findings import Finding, by, nats
-from jaxlora.experiments.intervals import Interval, interval, unpaired
+from jaxlora.experiments.intervals import Columns, Interval, interval, unpaired
 from jaxlora.experiments.paired import difference
 from jaxlora.experiments.records import Run
 from jaxlora.experiments.thresholds import (
@@ -83,9 +83,19 @@ class Evaluations:
         return shapes.noise(self.values) if len(self) >= _KNOWN_NOISE else 0.0
 
     @cached_property
-    def best_examples(self):
+    def best_examples(self) -> Columns | None:
         """The per-example columns of the best one, None where there are none."""
-        return self.run.examples(self.best_step)
+        return losses(self.run, self.best_step)
+
+
+def losses(run: Run, step: int) -> Columns | None:
+    """The per-example losses of one evaluation, None where they are not there or not what they should be."""
+    found = run.examples(step)
+    if found is None or not found.keys() >= {"example", "nll", "tokens"}:
+        return None
+    numbers = all(type(v) is float or type(v) is int for name in ("nll", "tokens") for v in found[name])
+    known = all(type(v) is int or type(v) is str for v in found["example"])
+    return found if numbers and known and min(found["tokens"]) > 0 else None
 
 
 def share_of(nll: float, share: float) -> float:
@@ -152,9 +162,9 @@ def _paired(new: Evaluations, old: Evaluations, found: Interval) -> Finding:
 
 def _level(value: float, other: float) -> str:
     """An nll to two digits after the point, more where that would not tell it from the other."""
-    for digits in (2, 3, 4):
-        if f"{value:.{digits}f}" != f"{other:.{digits}f}":
-            break
+    digits = 2 if min(value, other) >= 0.1 else 4
+    while digits < 4 and f"{value:.{digits}f}" == f"{other:.{digits}f}":
+        digits += 1
     return f"{value:.{digits}f}"
 
 
@@ -171,8 +181,10 @@ def overfitting(evals: Evaluations, curve: Curve) -> Finding | None:
     fall. What the run's own alarm recorded is taken as it is.
     """
     recorded = evals.run.record.get("overfit")
-    if isinstance(recorded, dict) and recorded.get("since") is not None:
-        return _overfits(int(recorded["since"]), float(recorded.get("eval_rise") or 0.0), evals)
+    if isinstance(recorded, dict) and len(evals):
+        since, risen = recorded.get("since"), recorded.get("eval_rise")
+        if isinstance(since, int) and isinstance(risen, float):
+            return _overfits(since, risen, evals)
     if not evals.enough:
         return None
     place = evals.lowest
@@ -183,7 +195,7 @@ def overfitting(evals: Evaluations, curve: Curve) -> Finding | None:
     if rise < share_of(evals.best, NEGLIGIBLE):
         return None
     if evals.best_examples is not None:
-        found = [difference(evals.best_examples, evals.run.examples(int(s))) for s in evals.steps[-IN_A_ROW:]]
+        found = [difference(evals.best_examples, losses(evals.run, int(s))) for s in evals.steps[-IN_A_ROW:]]
         certain = all(one is not None and one.z > OVERFIT_ERRORS for one in found)
         if not certain or rise < OVERFIT_NOISE * shapes.noise(evals.values[place:]):
             return None

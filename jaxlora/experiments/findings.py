@@ -10,9 +10,9 @@ class Finding:
     """One thing that a run's curves say.
 
     Attributes:
-        kind: "divergence", "spike", "risk", "steady", "convergence", "alike" (another run than the baseline), "eval",
-            "overfitting", "plateau", "early_stop", "undertrained", "unfinished", "level" (where train and eval nll
-            ended), or "data" (what cannot be told).
+        kind: "divergence", "spike", "stuck", "risk", "steady", "convergence", "alike" (another run than the baseline),
+            "eval", "overfitting", "plateau", "early_stop", "undertrained", "unfinished", "level" (where train and eval
+            nll ended), or "data" (what cannot be told).
         text: in a person's words.
         numbers: what it rests on, by name.
     """

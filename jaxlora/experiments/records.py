@@ -5,11 +5,13 @@ it raises: what is missing or broken becomes a line of `Run.problems`, and what 
 """
 
 import calendar
+import gc
 import json
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -184,7 +186,23 @@ def find_runs(roots: Iterable[str | os.PathLike[str]]) -> list[Path]:
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
     """Reads a run folder; a broken one too (see `Run.problems`)."""
-    path = Path(folder)
+    with _no_collection():
+        return _read_run(Path(folder))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's collector looks at thousands of parsed lines again and again, and finds none of them unreachable."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+def _read_run(path: Path) -> Run:
     problems: list[str] = []
     config, missing = read_object(path / CONFIG)
     problems += [f"{CONFIG}: {missing}"] if missing else []
@@ -248,8 +266,10 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> Curves:
         logged = [row.get(name) for row in rows]
         try:
             column = np.array(logged, np.float64)
-        except (ValueError, TypeError):
-            column = np.array([v if isinstance(v, int | float) else np.nan for v in logged], np.float64)
+        except (ValueError, TypeError, OverflowError):
+            column = np.zeros((0, 0))
+        if column.ndim != 1:  # not all are numbers: texts, or lists
+            column = np.array([v if _is_number(v) else np.nan for v in logged], np.float64)
             texts[name] = {int(step): v for step, v in zip(steps, logged, strict=True) if isinstance(v, str)}
         if f"{name}/nonfinite" in names:
             for index, row in enumerate(rows):
@@ -312,6 +332,10 @@ def _read_lines(file: Path, problems: list[str], live: bool) -> list[dict[str, A
         count = f"{len(broken):,} line{'s' * (len(broken) > 1)}"
         problems.append(f"{file.name}: {count} could not be read (line{'s' * (len(broken) > 1)} {shown})")
     return rows
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def _is_row(value: Any) -> bool:

@@ -19,6 +19,8 @@ from jaxlora.experiments.thresholds import (
     DIVERGED_SHARE,
     FEWEST_APART,
     FEWEST_POINTS,
+    FLAT_SHARE,
+    FLAT_STEPS,
     LEVELS,
     MUCH_SLOWER,
     NEARER,
@@ -187,6 +189,20 @@ def convergence(new: Curve, old: Curve) -> Finding | None:
         numbers["factor_examples"] = factor * size / old_size
         text += f"; {times(factor * size / old_size)} the examples"
     return Finding("convergence", text, numbers)
+
+
+def stuck(new: Curve, old: Curve) -> Finding | None:
+    """Stuck: over the last FLAT_STEPS of the run its falling curve falls by less than FLAT_SHARE of its level, and ends
+    more than DIVERGED_NATS above the baseline's at as many steps."""
+    if len(new) < FEWEST_POINTS or len(old) < FEWEST_POINTS or new.name != old.name:
+        return None
+    level, since = float(new.fall[-1]), float(new.steps[-1]) * (1 - FLAT_STEPS)
+    fall = float(np.interp(since, new.steps, new.fall)) - level
+    reached = float(np.interp(new.steps[-1], old.steps, old.fall))
+    if fall >= FLAT_SHARE * max(level, 1.0) or level - reached <= DIVERGED_NATS:
+        return None
+    text = f"gets stuck: train nll stays near {nats(level)}, the baseline's falls to {nats(reached)}"
+    return Finding("stuck", text, {"level": level, "baseline": reached})
 
 
 def _apart(new: Curve, old: Curve, last: float) -> int:

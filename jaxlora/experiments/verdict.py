@@ -52,11 +52,14 @@ def verdict(new: Reading, old: Reading | None, earlier: "Earlier | None" = None)
     """
     diverged = training_rules.divergence(new.curve)
     risk = None if diverged else training_rules.risk(new.curve)
+    same_model = old is not None and model_of(new.run) == model_of(old.run)
+    stuck = training_rules.stuck(new.curve, old.curve) if old and same_model and not diverged else None
     found = [
         diverged,
         training_rules.spikes(new.curve),
+        stuck,
         risk,
-        None if diverged or risk else _steady(new),
+        None if diverged or risk or stuck else _steady(new),
         *(_against(new, old, earlier, bool(diverged)) if old else ()),
         *(() if diverged else _course(new)),
         _level(new),

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxlora.experiments.records import Curves, Run
+from jaxlora.experiments.verdict import Reading, verdict
 
 CONFIG = {"model.path": "some/Model", "optim.learning_rate": 1e-4, "optim.warmup_steps": 100}
 
@@ -102,3 +103,9 @@ def healthy(draw: np.random.Generator, number: int) -> Drawn:
 def table(losses: np.ndarray, tokens: np.ndarray) -> dict[str, list[Any]]:
     """Per-example columns."""
     return {"example": list(range(len(losses))), "nll": losses.tolist(), "tokens": tokens.tolist()}
+
+
+def rule(name, made, old=None):
+    """What a verdict says of one kind, None for nothing."""
+    found = verdict(Reading(made), Reading(old) if old else None)
+    return next((finding for finding in found if finding.kind == name), None)

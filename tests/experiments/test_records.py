@@ -111,6 +111,13 @@ def test_what_is_missing_is_said(tmp_path):
     )
 
 
+def test_lists_and_numbers_beyond_all_bounds_are_no_curve(tmp_path):
+    lines = [{"step": 1, "train/nll": [1.0]}, {"step": 2, "train/nll": [2.0]}]
+    assert read_run(folder(tmp_path / "a", lines, {})).train.values == {}
+    lines = [{"step": 1, "train/nll": 10**400}, {"step": 2, "train/nll": 2.0}]
+    assert read_run(folder(tmp_path / "b", lines, {})).train.of("train/nll")[0].tolist() == [2]
+
+
 def test_numbers_as_python_writes_them_are_read_too(tmp_path):
     run = read_run(folder(tmp_path / "a", ['{"step": 1, "train/nll": NaN, "train/loss": Infinity}\n'], {}))
     assert run.train.values["train/loss"].tolist() == [np.inf]
@@ -172,6 +179,26 @@ def test_examples_are_read_when_asked_for(tmp_path):
     assert run.examples(20) is None
 
 
+@pytest.mark.parametrize(
+    "line", ['{"example": 0}', '{"example": [0], "nll": 1, "tokens": 2}', '{"example": 0, "nll": "1"}']
+)
+def test_odd_records_and_examples_do_not_stop_the_log(tmp_path, line):
+    lines = [{"step": i, "train/nll": 1 + 1 / (i + 1)} for i in range(1, 30)]
+    lines += [{"step": i, "eval/nll": 1 + 1 / (i + 1)} for i in range(10, 30, 5)]
+    for name, version in (("a", "1"), ("b", "2")):
+        record = {
+            "overfit": {"since": "x"},
+            "not_default": [["x"], 3],
+            "versions": {"jaxlora": version},
+            "devices": [],
+        }
+        path = folder(tmp_path / name, lines, record)
+        (path / "eval").mkdir()
+        for step in range(10, 30, 5):
+            (path / "eval" / f"eval-{step:08d}.jsonl").write_text(f"{line}\n" * 5)
+    assert len(journal([read_run(path) for path in find_runs([tmp_path])])) == 2
+
+
 def test_flatten():
     assert flatten({"a": {"b": {"c": [1, 2]}}, "d": 3}) == {"a.b.c": (1, 2), "d": 3}
 
@@ -204,7 +231,7 @@ KEYS = (
 KEYS += ("optim.weight_decay", "train.max_steps", "journal.baseline", "lora.scaling", "stop.patience")
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(
