@@ -206,7 +206,7 @@ def _plan_data(
         out.say(f"{len(chosen):,} of {len(source):,} rows are in {file}")
     with progress.stage("laying out all the data") as stage:
         summary = dataplan.summary(config, encoder, stage)
-    from jaxlora.data.visible import printable
+    from jaxlora.core.printing import printable
 
     for line in summary.found:
         out.say(printable(line))
@@ -269,7 +269,8 @@ def _tell_rows(
     from rich.console import Console
     from rich.text import Text
 
-    from jaxlora.data.visible import CLOSE, NEWLINE, OPEN, bracketed, printable, tokens
+    from jaxlora.core.printing import NEWLINE, printable
+    from jaxlora.data.visible import CLOSE, OPEN, bracketed, tokens
 
     console = Console(file=sys.stdout, force_terminal=True, highlight=False)
     coloured = out.interactive and not console.no_color

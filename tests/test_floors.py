@@ -57,18 +57,9 @@ NEVER_REACHES = {
 
 # Too slow to load before --help has been answered; commands import these inside functions.
 SLOW = (
-    "jax",
-    "flax",
-    "optax",
-    "orbax",
-    "transformers",
-    "datasets",
-    "clu",
-    "tensorflow",
-    "torch",
-    "rich",
-    "optuna",
-)
+    "jax", "flax", "optax", "orbax", "transformers", "datasets", "clu", "tensorflow", "torch", "rich", "scipy",
+    "matplotlib", "optuna",
+)  # fmt: skip
 QUICK = (
     "jaxlora.config.schema",
     "jaxlora.config.load",

@@ -1,6 +1,5 @@
 """An encoded conversation as a person can check it: token by token, with newlines and controls visible."""
 
-import unicodedata
 from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple, cast
@@ -8,14 +7,12 @@ from typing import NamedTuple, cast
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from jaxlora.core.printing import printable
 from jaxlora.data.chat import Encoded
 from jaxlora.data.detokenizer import Detokenizer
 
-NEWLINE = "↵"
 OPEN, CLOSE = "⟦", "⟧"
 """What encloses trained text where there is no colour."""
-
-_JOINERS = "\u200c\u200d"  # of scripts and emoji: they change letters' shapes, not where letters stand
 
 
 class Token(NamedTuple):
@@ -55,20 +52,3 @@ def bracketed(shown: Sequence[Token]) -> str:
     stretches = groupby(shown, key=lambda token: token.trained)
     texts = [(trained, "".join(token.text for token in stretch)) for trained, stretch in stretches]
     return "".join(f"{OPEN}{text}{CLOSE}" if trained else text for trained, text in texts)
-
-
-def printable(text: str) -> str:
-    """The text with newlines marked, and with a visible stand-in for whatever could command a terminal."""
-    return text if text.isascii() and text.isprintable() else "".join(map(_shown, text))
-
-
-def _shown(character: str) -> str:
-    if character == "\n":
-        return f"{NEWLINE}\n"
-    if character == "\t":
-        return "⇥\t"
-    code = ord(character)
-    if code < 0x20 or code == 0x7F:
-        return chr(0x2421 if code == 0x7F else 0x2400 + code)  # the pictures of the control characters
-    harmless = character in _JOINERS or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-    return character if harmless else f"\\u{code:04x}"

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora.core.errors import InputError
+from jaxlora.experiments.records import read_notes
 from jaxlora.runs.differences import another_config, differing
 from jaxlora.runs.files import ASIDE, LOCK, append, encode_json, encode_rows, lock_folder, release, replace
 
@@ -216,7 +217,12 @@ class RunDirectory:
         return json.loads(encode_json(self._record))
 
     def update_record(self, **fields: Any) -> None:
-        """Sets fields of record.json and replaces the file; None is a value like any other."""
+        """Sets fields of record.json and replaces the file; None is a value like any other.
+
+        Notes that a person made meanwhile (`experiments.notes`) come along, under "notes".
+        """
+        notes = read_notes(self.path, self._record, [])
+        fields = {**fields, "notes": notes} if notes else fields
         self._record = {**self._record, **json.loads(encode_json(fields))}
         self._write(self.path / RECORD, encode_json(self._record, indent=2))
 

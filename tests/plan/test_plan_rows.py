@@ -9,10 +9,11 @@ import pytest
 
 from jaxlora import plan
 from jaxlora.config.build.dataplan import rows as planned_rows
+from jaxlora.core.printing import printable
 from jaxlora.data.batches import prepare
 from jaxlora.data.chat import ChatEncoder, load_tokenizer
 from jaxlora.data.sources import load_conversations
-from jaxlora.data.visible import bracketed, printable, tokens
+from jaxlora.data.visible import bracketed, tokens
 
 
 def read(path):

@@ -109,6 +109,9 @@ def test_record(finished):
     assert found["data"]["eval"]["examples"] == 20
     assert len(found["data"]["train"]["fingerprint"]) == 32
     assert found["baseline"] == found["hypothesis"] == ""
+    assert found["total_steps"] == 6
+    assert {"model.path", "train.max_steps"} < set(found["not_default"])
+    assert "optim.eps" not in found["not_default"]
 
 
 def test_curves(finished):
@@ -145,6 +148,18 @@ def test_losses_of_examples(finished):
         assert [row["example"] for row in rows] == list(range(20))
         total = sum(row["nll"] * row["tokens"] for row in rows)
         assert total / sum(row["tokens"] for row in rows) == pytest.approx(nll, rel=1e-12)
+
+
+def test_texts_of_examples(finished, project):
+    """So that runs are compared by example, years later, without the data."""
+    kept = [
+        json.loads(row)
+        for row in (finished.workdir / "eval/examples-00000000.jsonl").read_text().splitlines()
+    ]
+    data = [json.loads(row)["messages"] for row in (project.folder / "eval.jsonl").read_text().splitlines()]
+    assert [row["example"] for row in kept] == [row["row"] for row in kept] == list(range(20))
+    assert [row["prompt"] for row in kept] == [messages[-2]["content"] for messages in data]
+    assert [row["reference"] for row in kept] == [messages[-1]["content"] for messages in data]
 
 
 def test_tensorboard(finished):

@@ -104,6 +104,7 @@ def wired(
     recorder = Recorder(run, writers, checkpoints, standing, spec, model.files, facts, shown.say)
     writers.hparams(to_dict(config))
     recorder.record("running", None)
+    recorder.examples(0, wiring.texts(data), "examples")
     events = wiring.events(config, data, total, evaluator, recorder, shown)
     return Running(
         recorder,

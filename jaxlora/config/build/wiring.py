@@ -1,5 +1,6 @@
 """What happens in a run: its events, wired to the folder and to what the person sees."""
 
+import dataclasses
 import importlib.metadata
 import math
 from collections.abc import Callable
@@ -9,11 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxlora.config.build import guarding
-from jaxlora.config.build.inputs import Data, HeldOut, Model
+from jaxlora.config.build.inputs import Data, HeldOut, Model, total_steps
 from jaxlora.config.build.programs import Programs, put_batch
-from jaxlora.config.schema import Config
+from jaxlora.config.schema import KEYS, Config
 from jaxlora.core.errors import InputError
 from jaxlora.data.batches import EvalBatches
+from jaxlora.experiments.records import flatten
 from jaxlora.parallel.rows import Share
 from jaxlora.training.answers import Answers, columns, lines, markdown, scores
 from jaxlora.training.calendar import Calendar
@@ -24,6 +26,9 @@ from jaxlora.training.metrics import METRICS, better
 from jaxlora.training.recording import Recorder
 from jaxlora.training.state import TrainState
 from jaxlora.training.stopping import EarlyStop, Evaluate, OverfitAlarm, Ranked
+
+TEXTS, LONGEST_TEXT = 2000, 400
+"""Held-out examples whose texts a run keeps, and characters of each."""
 
 
 class Shown(Protocol):
@@ -119,6 +124,29 @@ def events(
         ),
         save=Save(standing, config.checkpoint.every, recorder.save),
     )
+
+
+def texts(data: HeldOut) -> dict[str, list[Any]]:
+    """Beginnings of the first held-out examples, so that runs can be compared by example where the data is not.
+
+    Returns:
+        Columns "example" (as in the files of losses), "row" of the data, "prompt" and "reference": the last assistant
+        turn, and what stands before it. For plain text there is no prompt.
+    """
+    columns: dict[str, list[Any]] = {"example": [], "row": [], "prompt": [], "reference": []}
+    for example, row in enumerate(data.eval.examples.source_rows[:TEXTS].tolist()):
+        conversation = data.eval_source[row]
+        if isinstance(conversation, str):
+            prompt, reference = "", conversation
+        else:
+            last = max(
+                (i for i, message in enumerate(conversation) if message["role"] == "assistant"), default=0
+            )
+            prompt = conversation[last - 1]["content"] if last else ""
+            reference = conversation[last]["content"]
+        for name, value in (("example", example), ("row", row), ("prompt", prompt), ("reference", reference)):
+            columns[name].append(value if isinstance(value, int) else value[:LONGEST_TEXT])
+    return columns
 
 
 def calendar(config: Config, data: Data, total: int) -> Calendar:
@@ -230,6 +258,7 @@ def facts(config: Config, model: Model, data: Data) -> dict[str, Any]:
     """The fields of record.json that are known before the first step."""
     import jaxlora
 
+    keys = flatten(dataclasses.asdict(config))
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
     devices = model.mesh.devices
     return {
@@ -248,6 +277,11 @@ def facts(config: Config, model: Model, data: Data) -> dict[str, Any]:
                 ("eval", data.eval_source, data.eval),
             )
         },
+        "total_steps": total_steps(config, data.train),
+        # So that a default which another version changes can be told from what a person chose.
+        "not_default": [
+            path for path, value in keys.items() if KEYS[path].required or value != KEYS[path].default
+        ],
         "baseline": config.journal.baseline,
         "hypothesis": config.journal.hypothesis,
     }
