@@ -21,7 +21,8 @@ KINDS = (
 )
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
-_END = re.compile(r"^\}(?!\})")  # a kernel's own text, which a custom call may quote over several lines, ends with two
+# Not two of them: so ends a kernel's own text, which a custom call may quote over several lines.
+_END = re.compile(r"^\}(?!\})")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
 _COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+\w*)\[([\d,]*)\]")
