@@ -16,6 +16,7 @@ from jaxlora.core.errors import InputError
 from jaxlora.runs.directory import ENDED, RunDirectory, default_path
 from jaxlora.runs.files import lock_folder, release
 from jaxlora.sweeps import search
+from jaxlora.sweeps.halving import TIED
 from jaxlora.sweeps.ledger import Ledger, check_is_sweep_or_empty
 from jaxlora.sweeps.ranking import Place, advice, ranking
 from jaxlora.sweeps.trials import Trial, flat, groups, shown, stack_key, told
@@ -306,7 +307,7 @@ class _Command:
         elif place.behind is None:
             against = "" if place.rows is None else "other examples"
         else:
-            margin = 1.96 * place.behind.standard_error
+            margin = TIED * place.behind.standard_error
             against = f"{place.behind.mean:+.4f} ± {margin:.4f}{', tied' if place.tied else ''}"
         nll = f"{place.nll:.4f}" if place.rows is not None else "-"
         state = "dropped" if self._dropped(place.trial) else record.get("status", "waiting").replace("_", " ")

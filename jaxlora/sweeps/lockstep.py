@@ -111,7 +111,7 @@ class Lockstep:
             known, batch = self._ready
             if not active.items() <= known.items():
                 batch = self._company.batches(active)
-            program = self._company.program(len(self._stack.names))
+            program = self._company.program(self._stack.slots)
             seen = self._stack.step(program, self._company.base, batch, list(active))
             next_steps = {
                 lane.name: step + 1

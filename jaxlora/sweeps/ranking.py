@@ -9,11 +9,10 @@ from typing import Any
 from jaxlora.core.errors import InputError
 from jaxlora.experiments.paired import Difference, difference
 from jaxlora.runs.directory import RunDirectory
+from jaxlora.sweeps.halving import TIED
 from jaxlora.sweeps.trials import Trial, shown
 
 NLL = "eval/nll"
-TIED = 1.96
-"""Standard errors within which two trials are told apart by chance as well as by anything else: a 95 % interval."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -117,6 +117,11 @@ class Stack:
             out_shardings=_placements(shapes),
         )()
 
+    @property
+    def slots(self) -> int:
+        """How many there are: those of `names`, and empty ones after them where devices come in groups."""
+        return slots(self._mesh, len(self.names))
+
     def step(
         self, program: Callable[..., Any], base: Any, batch: Any, active: Sequence[str]
     ) -> dict[str, Made]:
@@ -125,7 +130,7 @@ class Stack:
         Args:
             program: of `side_by_side`, compiled for so many slots; the states are donated.
         """
-        moving = np.zeros(slots(self._mesh, len(self.names)), bool)
+        moving = np.zeros(self.slots, bool)
         moving[[self.names.index(name) for name in active]] = True
         everywhere = sharding.of_trials(self._mesh, PartitionSpec())
         self._states, sums = program(self._states, base, batch, placed(moving, everywhere))
@@ -152,9 +157,7 @@ class Stack:
 
         key = ("put", len(self.names))
         if key not in self._jitted:
-            placements = _placements(
-                stacked_shapes(self._mesh, self._like, slots(self._mesh, len(self.names)))
-            )
+            placements = _placements(stacked_shapes(self._mesh, self._like, self.slots))
             self._jitted[key] = jax.jit(fill, out_shardings=placements, donate_argnums=0)
         self._states = self._jitted[key](self._states, self._slot(name), state)
 

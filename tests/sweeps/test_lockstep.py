@@ -15,6 +15,10 @@ class Steps(Stack):
     def __init__(self, names):
         self.names, self.made = tuple(names), []
 
+    @property
+    def slots(self):
+        return len(self.names)
+
     def step(self, program, base, batch, active):
         assert set(batch) >= set(active)
         self.made.append((len(self.names), {name: batch[name] for name in active}))

@@ -61,8 +61,8 @@ def test_killed_again_and_again(nursery, config_file, undisturbed, tmp_path):
     arguments = [str(config_file), str(folder)]
     places = [
         ["jaxlora.training.evaluate:_Sums.add", chance.randint(70, 90)],
-        [str(folder / "b" / "checkpoints"), chance.randint(40, 80)],
         ["jaxlora.sweeps.ledger:Ledger.decide", 1],
+        [str(folder / "b" / "checkpoints"), chance.randint(40, 80)],
         [str(folder / "a" / "record.json"), 5],
     ]
     outputs = []

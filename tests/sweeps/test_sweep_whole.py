@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +15,8 @@ import pytest
 
 from jaxlora import evaluate, sweep, train
 from jaxlora.core import cli
-
-from .conftest import see_devices
+from tests.sweeps.conftest import see_devices
+from tests.train.commands import Command, contents, nursery
 
 pytestmark = pytest.mark.slow
 NAMES = ["learning_rate=0.02", "learning_rate=0.01", "learning_rate=1e-06"]
@@ -104,6 +105,31 @@ def test_a_dropped_trial_is_finished_by_its_folder_alone(swept, tmp_path):
     assert record(folder, "learning_rate=1e-06")["status"] == "finished"
     again = done(sweep, "--config", str(file), "--workdir", str(folder))
     assert re.search(r"^  learning_rate=1e-06 .* 8 +finished$", again.out, re.MULTILINE)
+
+
+def test_a_request_saves_all_and_the_same_command_goes_on(swept, tmp_path):
+    """The request comes while a trial writes what it made of its first step; all leave after the third."""
+    file, undisturbed, _ = swept
+    folder = tmp_path / "sweep"
+    arguments = ["--config", str(file), "--workdir", str(folder)]
+    with nursery() as process:
+        command = Command(process, tmp_path / "output.txt")
+        # Three evaluations and three lines of step 1; what is told of a step comes while the next one runs.
+        request = ["jaxlora.training.recording:Recorder.metrics", 5, [signal.SIGTERM]]
+        assert command.run(arguments, module="jaxlora.sweep", die=request) == 0, command.output
+        assert "SIGTERM: saving after this step and leaving" in command.output
+        assert "not written" not in command.output
+        for name in NAMES:
+            assert (record(folder, name)["status"], record(folder, name)["steps"]) == ("preempted", 3)
+            assert (folder / name / "checkpoints/3").is_dir()
+        assert command.run(arguments, module="jaxlora.sweep") == 0, command.output
+        assert "going on after step 3" in command.output
+    for name in NAMES:
+        found, expected = contents(folder / name), contents(undisturbed / name)
+        found["record.json"] = found["record.json"].replace(
+            bytes(folder), bytes(undisturbed)
+        )  # in why it was dropped
+        assert found == expected
 
 
 def test_wrong_input_of_a_trial_names_the_bases_key(config_file, tmp_path):

@@ -316,7 +316,7 @@ class _Group:
 
 
 def _waves(names: Sequence[str], at_once: int) -> list[list[str]]:
-    """Stacks of at most so many, as equal as can be: those of one size have one program."""
+    """Stacks of at most so many, all of one size but the last: those of one size have one program."""
     count = math.ceil(len(names) / at_once)
     size = math.ceil(len(names) / count)
     return [list(names[i : i + size]) for i in range(0, len(names), size)]

@@ -217,7 +217,7 @@ class OpenTrial:
 
     def fail(self, error: BaseException) -> None:
         """Notes in the record that the sweep broke off, where the trial had not ended."""
-        if self._name and self.run.record.get("status") == "running":
+        if self.run.record.get("status") == "running":
             self._ready.recorder.record("failed", f"{type(error).__name__}: {error}".splitlines()[0])
             self._board.state(self._name, "failed", str(error))
 
