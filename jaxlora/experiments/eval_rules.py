@@ -28,6 +28,7 @@ from jaxlora.experiments.thresholds import (
     OVERFIT_NOISE,
     OVERFIT_SHARE,
     UNPAIRED_NEGLIGIBLE,
+    VERY_EARLY,
 )
 
 _KNOWN_NOISE = 6
@@ -267,7 +268,7 @@ def ending(evals: Evaluations) -> Finding | None:
     if run.status == "stopped_early":
         warmup = run.number("optim.warmup_steps") or 0
         warm = run.steps <= warmup
-        very = "very early" if warm or (planned and run.steps <= 0.25 * planned) else "early"
+        very = "very early" if warm or (planned and run.steps <= VERY_EARLY * planned) else "early"
         told = f"stops {very}, at step {run.steps:,}{of}"
         numbers |= {"fall": fall, "inside_warmup": float(warm), "too_early": float(bool(fall) or warm)}
         if warm:

@@ -8,7 +8,7 @@ from jaxlora.experiments.curve import GRID, Curve
 from jaxlora.experiments.eval_rules import Evaluations
 from jaxlora.experiments.findings import Finding, nats
 from jaxlora.experiments.records import Run
-from jaxlora.experiments.thresholds import FEWEST_POINTS
+from jaxlora.experiments.thresholds import FEWEST_POINTS, STEADY
 
 
 class Reading:
@@ -97,7 +97,7 @@ def smoothed_apart(new: Run, old: Run) -> bool:
 def _steady(new: Reading) -> Finding | None:
     """Trains steadily: the loss falls by more than its noise, without spikes."""
     curve = new.curve
-    if len(curve) < FEWEST_POINTS or curve.spikes or curve.fall[0] - curve.fall[-1] <= 2 * curve.noise:
+    if len(curve) < FEWEST_POINTS or curve.spikes or curve.fall[0] - curve.fall[-1] <= STEADY * curve.noise:
         return None
     return Finding("steady", "trains steadily")
 
