@@ -71,6 +71,9 @@ def verdict(new: Reading, old: Reading | None, earlier: "Earlier | None" = None)
 
 def _against(new: Reading, old: Reading, earlier: "Earlier | None", diverged: bool) -> list[Finding | None]:
     if model_of(new.run) != model_of(old.run):
+        found = eval_rules.compared(new.evals, old.evals)
+        if found and found.numbers["paired"]:  # the same tokens, so the same tokenizer
+            return [found]
         return [Finding("data", f"not compared with {old.run.name}, which has another model")]
     told: list[Finding | None] = []
     if smoothed_apart(new.run, old.run):
