@@ -176,8 +176,8 @@ def overfitting(evals: Evaluations, curve: Curve) -> Finding | None:
     """Overfitting: eval nll rises since its minimum while train nll falls.
 
     With per-example losses: the paired rise from the minimum is above OVERFIT_ERRORS standard errors at the last
-    IN_A_ROW evaluations, and at least NEGLIGIBLE of the minimum. Without: at least OVERFIT_AFTER evaluations after the
-    minimum all lie above it, the median of the last three of them by OVERFIT_SHARE. Either way by OVERFIT_NOISE
+    IN_A_ROW evaluations, and at least NEGLIGIBLE of the minimum. Without: the minimum is OVERFIT_AFTER evaluations ago or
+    more, and the median of the last three lies above it by OVERFIT_SHARE. Either way by OVERFIT_NOISE
     deviations of the evaluations' noise (with examples, of those since the minimum), and never where train nll did not
     fall. What the run's own alarm recorded is taken as it is.
     """
@@ -202,7 +202,7 @@ def overfitting(evals: Evaluations, curve: Curve) -> Finding | None:
             return None
         return _overfits(evals.best_step, float(after[-1] - evals.best), evals)
     least = max(share_of(evals.best, OVERFIT_SHARE), OVERFIT_NOISE * evals.noise)
-    if len(after) < OVERFIT_AFTER or (after <= evals.best).any() or rise < least:
+    if len(after) < OVERFIT_AFTER or rise < least:
         return None
     return _overfits(evals.best_step, rise, evals)
 

@@ -71,7 +71,7 @@ OVERFIT_SHARE, OVERFIT_NOISE = 0.01, 4.0
 """Without examples: least rise as a share of the minimum, and in deviations of the evaluations' own noise."""
 
 OVERFIT_AFTER = 3
-"""Without examples: evaluations after the minimum that must all lie above it."""
+"""Without examples: least number of evaluations after the minimum."""
 
 FALLING_SHARE, FALLING_NOISE = 0.0075, 3.0
 """Still falling: least fall over the last third of the steps, as a share of the nll and in deviations of noise."""
