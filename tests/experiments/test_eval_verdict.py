@@ -79,6 +79,19 @@ def test_examples_of_other_lengths_are_not_paired():
     assert rule("eval", evaluated(1.5, tokens=other), evaluated(1.4)).numbers["paired"] == 0
 
 
+def test_another_model_is_compared_where_it_reads_the_same_tokens():
+    large = {"model.path": "some/Larger"}
+    found = {
+        f.kind: f for f in verdict(Reading(evaluated(1.2, config=large)), Reading(evaluated(1.5, seed=4)))
+    }
+    assert found["eval"].text.startswith("eval nll better by 0.30")
+    assert "convergence" not in found
+    other = np.random.default_rng(8).integers(5, 100, 200)
+    new = evaluated(1.2, tokens=other, config=large)
+    found = {f.kind: f for f in verdict(Reading(new), Reading(evaluated(1.5, seed=4)))}
+    assert found["data"].text == "not compared with run, which has another model"
+
+
 # ---- its course ----------------------------------------------------------------------------------------------------
 
 FALLING = dict(zip(range(100, 1100, 100), (1.2 + 0.6 * 0.6 ** np.arange(10)).tolist(), strict=True))

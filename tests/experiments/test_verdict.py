@@ -199,7 +199,7 @@ def test_a_run_that_gets_stuck_and_one_that_is_but_slow():
 
 
 def test_a_run_too_short_to_reach_a_level_is_not_blamed():
-    assert "as fast" in rule("convergence", run(smooth()[:60]), run(smooth())).text
+    assert "as fast" in rule("convergence", run(smooth()[:20]), run(smooth())).text
 
 
 def test_smaller_batches_are_told_by_the_example_too():
