@@ -176,10 +176,10 @@ def overfitting(evals: Evaluations, curve: Curve) -> Finding | None:
     """Overfitting: eval nll rises since its minimum while train nll falls.
 
     With per-example losses: the paired rise from the minimum is above OVERFIT_ERRORS standard errors at the last
-    IN_A_ROW evaluations, and at least NEGLIGIBLE of the minimum. Without: the minimum is OVERFIT_AFTER evaluations ago or
-    more, and the median of the last three lies above it by OVERFIT_SHARE. Either way by OVERFIT_NOISE
-    deviations of the evaluations' noise (with examples, of those since the minimum), and never where train nll did not
-    fall. What the run's own alarm recorded is taken as it is.
+    IN_A_ROW evaluations, and at least NEGLIGIBLE of the minimum. Without: the minimum is OVERFIT_AFTER evaluations ago
+    or more, and the median of the last three lies above it by OVERFIT_SHARE. Either way by OVERFIT_NOISE deviations of
+    the evaluations' noise (with examples, of those since the minimum), and never where train nll did not fall. What the
+    run's own alarm recorded is taken as it is.
     """
     recorded = evals.run.record.get("overfit")
     if isinstance(recorded, dict) and len(evals):

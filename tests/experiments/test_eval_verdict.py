@@ -174,6 +174,13 @@ def test_undertrained():
     assert rule("undertrained", run(smooth(60), course(2.0, 1.8, 1.7, 1.62, 1.49, 1.55))) is None
 
 
+def test_a_course_that_turned_up_at_its_very_end_is_not_still_falling():
+    jitter = [0.005 * (-1) ** i for i in range(8)]
+    falling = [2.0, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4, 1.3]
+    assert rule("undertrained", run(smooth(80), course(*np.add(falling, jitter)))) is not None
+    assert rule("undertrained", run(smooth(80), course(*np.add([*falling[:-1], 1.46], jitter)))) is None
+
+
 def test_an_early_stop_and_whether_it_was_too_early():
     def stopped(evals, **more):
         return rule(
