@@ -26,6 +26,7 @@ STYLES = {
     "unfair": "yellow",
     "hypothesis": "italic",
     "divergence": "bold red",
+    "stuck": "bold red",
     "spike": "yellow",
     "risk": "yellow",
     "overfitting": "yellow",

@@ -28,6 +28,7 @@ from jaxlora.experiments.thresholds import (
     OVERFIT_NOISE,
     OVERFIT_SHARE,
     UNPAIRED_NEGLIGIBLE,
+    VERY_EARLY,
 )
 
 _KNOWN_NOISE = 6
@@ -175,10 +176,10 @@ def overfitting(evals: Evaluations, curve: Curve) -> Finding | None:
     """Overfitting: eval nll rises since its minimum while train nll falls.
 
     With per-example losses: the paired rise from the minimum is above OVERFIT_ERRORS standard errors at the last
-    IN_A_ROW evaluations, and at least NEGLIGIBLE of the minimum. Without: at least OVERFIT_AFTER evaluations after the
-    minimum all lie above it, the median of the last three of them by OVERFIT_SHARE. Either way by OVERFIT_NOISE
-    deviations of the evaluations' noise (with examples, of those since the minimum), and never where train nll did not
-    fall. What the run's own alarm recorded is taken as it is.
+    IN_A_ROW evaluations, and at least NEGLIGIBLE of the minimum. Without: the minimum is OVERFIT_AFTER evaluations ago
+    or more, and the median of the last three lies above it by OVERFIT_SHARE. Either way by OVERFIT_NOISE deviations of
+    the evaluations' noise (with examples, of those since the minimum), and never where train nll did not fall. What the
+    run's own alarm recorded is taken as it is.
     """
     recorded = evals.run.record.get("overfit")
     if isinstance(recorded, dict) and len(evals):
@@ -201,7 +202,7 @@ def overfitting(evals: Evaluations, curve: Curve) -> Finding | None:
             return None
         return _overfits(evals.best_step, float(after[-1] - evals.best), evals)
     least = max(share_of(evals.best, OVERFIT_SHARE), OVERFIT_NOISE * evals.noise)
-    if len(after) < OVERFIT_AFTER or (after <= evals.best).any() or rise < least:
+    if len(after) < OVERFIT_AFTER or rise < least:
         return None
     return _overfits(evals.best_step, rise, evals)
 
@@ -267,7 +268,7 @@ def ending(evals: Evaluations) -> Finding | None:
     if run.status == "stopped_early":
         warmup = run.number("optim.warmup_steps") or 0
         warm = run.steps <= warmup
-        very = "very early" if warm or (planned and run.steps <= 0.25 * planned) else "early"
+        very = "very early" if warm or (planned and run.steps <= VERY_EARLY * planned) else "early"
         told = f"stops {very}, at step {run.steps:,}{of}"
         numbers |= {"fall": fall, "inside_warmup": float(warm), "too_early": float(bool(fall) or warm)}
         if warm:

@@ -92,7 +92,7 @@ def to_html(entries: Sequence[Entry], title: str = "Journal", made: str | None =
 def _told(entry: Entry, number: int) -> dict[str, Any]:
     """What stands in the log without JavaScript."""
     best = extreme(entry.run.eval, "eval/nll")
-    score = f"eval nll {best[1]:.4g} at step {best[0]:,}" if best else entry.run.status.replace("_", " ")
+    score = f"eval nll {best[1]:.3g} at step {best[0]:,}" if best else entry.run.status.replace("_", " ")
     return {"id": number, "name": entry.run.name, "lines": list(lines(entry)), "score": score}
 
 

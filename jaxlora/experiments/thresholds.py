@@ -50,6 +50,9 @@ SMALL_SPIKE, NORM_FLOOR = 4.5, 0.2
 SMALL_SPIKES = 3
 """As many of them, WINDOW logged steps or more after the start, are a risk."""
 
+STEADY = 2.0
+"""Deviations of noise by which the loss of a run that trains steadily falls at least."""
+
 RISING_NORM, RISING_RANK = 2.0, 0.5
 """Median gradient norm of the last quarter over that of the second, and its rank correlation with the step."""
 
@@ -68,13 +71,16 @@ OVERFIT_SHARE, OVERFIT_NOISE = 0.01, 4.0
 """Without examples: least rise as a share of the minimum, and in deviations of the evaluations' own noise."""
 
 OVERFIT_AFTER = 3
-"""Without examples: evaluations after the minimum that must all lie above it."""
+"""Without examples: least number of evaluations after the minimum."""
 
 FALLING_SHARE, FALLING_NOISE = 0.0075, 3.0
 """Still falling: least fall over the last third of the steps, as a share of the nll and in deviations of noise."""
 
 FLAT_SHARE, FLAT_STEPS = 0.02, 0.5
 """Plateau: all later evaluations within this share of their median, over at least this share of the run."""
+
+VERY_EARLY = 0.25
+"""Share of the planned steps within which a stop is very early."""
 
 GAP = 0.3
 """Gap between eval and train nll, as a share of eval nll, from which it is told."""

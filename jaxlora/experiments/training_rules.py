@@ -30,6 +30,8 @@ from jaxlora.experiments.thresholds import (
     SLIGHTLY,
     SLOWER,
     SMALL_SPIKES,
+    SPIKE,
+    STEADY,
     WINDOW,
 )
 
@@ -96,7 +98,7 @@ def divergence(curve: Curve) -> Finding | None:
     recent = curve.median[min(5, len(values) - 1) :]
     lowest = float(recent.min())
     rise = end - lowest
-    if rise <= max(DIVERGED_NATS, DIVERGED_SHARE * (start - lowest), 6 * curve.noise):
+    if rise <= max(DIVERGED_NATS, DIVERGED_SHARE * (start - lowest), SPIKE * curve.noise):
         return None
     steps, nll = run.eval.of("eval/nll")
     if (
@@ -151,7 +153,7 @@ def convergence(new: Curve, old: Curve) -> Finding | None:
     if len(new) < FEWEST_POINTS or len(old) < FEWEST_POINTS or new.name != old.name:
         return None
     first, last = float(old.fall[0]), float(old.fall[-1])
-    if first - last <= 2 * old.noise:
+    if first - last <= STEADY * old.noise:
         return None
     ratios, shown = [], []
     for share in LEVELS:

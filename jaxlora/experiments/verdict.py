@@ -8,7 +8,7 @@ from jaxlora.experiments.curve import GRID, Curve
 from jaxlora.experiments.eval_rules import Evaluations
 from jaxlora.experiments.findings import Finding, nats
 from jaxlora.experiments.records import Run
-from jaxlora.experiments.thresholds import FEWEST_POINTS
+from jaxlora.experiments.thresholds import FEWEST_POINTS, STEADY
 
 
 class Reading:
@@ -71,6 +71,9 @@ def verdict(new: Reading, old: Reading | None, earlier: "Earlier | None" = None)
 
 def _against(new: Reading, old: Reading, earlier: "Earlier | None", diverged: bool) -> list[Finding | None]:
     if model_of(new.run) != model_of(old.run):
+        found = eval_rules.compared(new.evals, old.evals)
+        if found and found.numbers["paired"]:  # the same tokens, so the same tokenizer
+            return [found]
         return [Finding("data", f"not compared with {old.run.name}, which has another model")]
     told: list[Finding | None] = []
     if smoothed_apart(new.run, old.run):
@@ -97,7 +100,7 @@ def smoothed_apart(new: Run, old: Run) -> bool:
 def _steady(new: Reading) -> Finding | None:
     """Trains steadily: the loss falls by more than its noise, without spikes."""
     curve = new.curve
-    if len(curve) < FEWEST_POINTS or curve.spikes or curve.fall[0] - curve.fall[-1] <= 2 * curve.noise:
+    if len(curve) < FEWEST_POINTS or curve.spikes or curve.fall[0] - curve.fall[-1] <= STEADY * curve.noise:
         return None
     return Finding("steady", "trains steadily")
 

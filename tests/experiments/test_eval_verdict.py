@@ -79,6 +79,19 @@ def test_examples_of_other_lengths_are_not_paired():
     assert rule("eval", evaluated(1.5, tokens=other), evaluated(1.4)).numbers["paired"] == 0
 
 
+def test_another_model_is_compared_where_it_reads_the_same_tokens():
+    large = {"model.path": "some/Larger"}
+    found = {
+        f.kind: f for f in verdict(Reading(evaluated(1.2, config=large)), Reading(evaluated(1.5, seed=4)))
+    }
+    assert found["eval"].text.startswith("eval nll better by 0.30")
+    assert "convergence" not in found
+    other = np.random.default_rng(8).integers(5, 100, 200)
+    new = evaluated(1.2, tokens=other, config=large)
+    found = {f.kind: f for f in verdict(Reading(new), Reading(evaluated(1.5, seed=4)))}
+    assert found["data"].text == "not compared with run, which has another model"
+
+
 # ---- its course ----------------------------------------------------------------------------------------------------
 
 FALLING = dict(zip(range(100, 1100, 100), (1.2 + 0.6 * 0.6 ** np.arange(10)).tolist(), strict=True))
@@ -159,6 +172,13 @@ def test_undertrained():
     assert found.numbers["fall"] == pytest.approx(0.13)
     assert rule("undertrained", run(smooth(60), course(2.0, 1.6, 1.51, 1.502, 1.5, 1.499))) is None
     assert rule("undertrained", run(smooth(60), course(2.0, 1.8, 1.7, 1.62, 1.49, 1.55))) is None
+
+
+def test_a_course_that_turned_up_at_its_very_end_is_not_still_falling():
+    jitter = [0.005 * (-1) ** i for i in range(8)]
+    falling = [2.0, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4, 1.3]
+    assert rule("undertrained", run(smooth(80), course(*np.add(falling, jitter)))) is not None
+    assert rule("undertrained", run(smooth(80), course(*np.add([*falling[:-1], 1.46], jitter)))) is None
 
 
 def test_an_early_stop_and_whether_it_was_too_early():

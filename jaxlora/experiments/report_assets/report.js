@@ -70,7 +70,8 @@ function nearest(sorted, wanted) {
 
 function axes(horizontal, vertical) {
   const common = { stroke: css("--dim"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line"), width: 1 } };
-  return [{ ...common, label: horizontal, labelSize: 20 }, { ...common, label: vertical, labelSize: 20, size: 56, values: (_, splits) => splits.map((v) => v === null ? "" : told(+v.toPrecision(6))) }];
+  const values = (_, splits) => splits.map((v) => v === null ? "" : told(+v.toPrecision(6)));
+  return [{ ...common, label: horizontal, labelSize: 20, values }, { ...common, label: vertical, labelSize: 20, size: 56, values }];
 }
 
 function drawCurves(place, runs, metric, { logarithmic = false, smooth = 0, height = 340 } = {}) {
@@ -105,11 +106,15 @@ function drawScatter(place, key) {
   const x = dots.map((run) => run.config[key]);
   const series = groups.map((group) => dots.map((run) => run.group === group ? run.row.best_eval_nll : null));
   const wide = x[0] > 0 && x[x.length - 1] / x[0] >= 10;
+  const levels = dots.map((run) => run.row.best_eval_nll), least = Math.min(...levels);
+  const tall = least > 0 && Math.max(...levels) / least >= 30;
+  const round = (_, splits) => splits.map((value) => value !== null && Math.abs(value / +value.toPrecision(2) - 1) < 1e-9 ? told(+value.toPrecision(2)) : "");
+  const [across, up] = axes(key, "lowest eval/nll");
   const pad = (_, low, high) => wide ? [low / 1.5, high * 1.5] : low === high ? [low - 1, high + 1] : [low - (high - low) * 0.05, high + (high - low) * 0.05];
   place.chart = new uPlot({
-    width: place.clientWidth, height: 280, scales: { x: { time: false, distr: wide ? 3 : 1, range: pad } },
+    width: place.clientWidth, height: 280, scales: { x: { time: false, distr: wide ? 3 : 1, range: pad }, y: { distr: tall ? 3 : 1 } },
     series: [{ label: key, value: (_, value) => told(value) }, ...groups.map((group, index) => ({ label: group, stroke: COLOURS[index % COLOURS.length], paths: () => null, points: { show: true, size: 9, fill: COLOURS[index % COLOURS.length] }, value: (_, value) => told(value) }))],
-    axes: axes(key, "lowest eval/nll"), cursor: { drag: { x: false, y: false } }, legend: { show: groups.length <= 8 },
+    axes: [wide ? { ...across, values: round } : across, up], cursor: { drag: { x: false, y: false } }, legend: { show: groups.length <= 8 },
   }, [x, ...series], place);
 }
 
