@@ -64,8 +64,9 @@ class TrialBoard:
         self._progress = progress
         self.rows: dict[str, Row] = {}
         self.began: float | None = None  # when the first step was made, by the monotonic clock
-        self._told = 0  # the step whose train losses were told last, where lines are plain
-        self._logged = 0  # the newest that was logged
+        self._logged: int | None = (
+            None  # the step whose train losses are still to be told, where lines are plain
+        )
         self._marks: collections.deque[tuple[float, int]] = collections.deque(maxlen=_RECENT)
         for name, differs in trials:
             self.add(name, differs)
@@ -93,15 +94,15 @@ class TrialBoard:
             self.began = now
         if not self._marks or now - self._marks[-1][0] >= _BETWEEN:
             self._marks.append((now, sum(row.step for row in self.rows.values())))
-        if not self._progress.interactive and step > self._logged > self._told:
-            self._told = self._logged
+        if not self._progress.interactive and self._logged is not None and step > self._logged:
+            self._logged = None  # all that make steps together have logged theirs by now
             self._progress.say(self.line())
 
     def train(self, name: str, **values: Any) -> None:
         """A logged step of a trial: `step` and `nll` count."""
         row = self.rows[name]
         row.nll = values.get("nll", row.nll)
-        self._logged = max(self._logged, values.get("step", row.step))
+        self._logged = values.get("step", row.step)
 
     def evaluated(
         self, name: str, step: int, values: Mapping[str, float], best: Mapping[str, Any] | None

@@ -59,6 +59,6 @@ def test_the_numbers_are_the_same(on_one, base_config, tmp_path, sizes):
 
 
 def test_a_run_alone_has_no_trials_to_spread(base_config, tmp_path):
-    with pytest.raises(InputError, match=r"mesh.trial = 2 .*--config.mesh.trial=1"):
+    with pytest.raises(InputError, match=r"(?s)mesh.trial = 2 .*--config.mesh.trial=1"):
         fine_tune(placed(base_config, trial=2, data=1), tmp_path / "run", "tiny.py")
     assert not (tmp_path / "run").exists()

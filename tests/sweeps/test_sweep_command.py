@@ -320,6 +320,9 @@ def test_each_wave_of_a_search_is_one_call(call, stand_in, tmp_path):
     assert [len(names) for names, _ in stand_in.calls] == [4, 4, 4]
     assert len(order(out)) == 12
     assert [len(wave) for wave in Ledger(tmp_path / "s").get("waves")] == [4, 4, 4]
+    assert (
+        len(re.findall(r"^step 5/20 .*4 training", out, re.MULTILINE)) == 3
+    )  # in each wave, from its first step
     assert len({id(rest["bases"]) for _, rest in stand_in.calls}) == 1
 
 
