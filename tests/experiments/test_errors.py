@@ -83,7 +83,7 @@ def test_alike_runs_are_rarely_called_faster_or_slower():
         ]
         found = training_rules.convergence(*pair)
         wrong += found is not None and "as fast" not in found.text
-    assert wrong <= 0.03 * 600
+    assert wrong <= 0.015 * 600
 
 
 # ---- examples ------------------------------------------------------------------------------------------------------
