@@ -10,7 +10,7 @@ from jaxlora.runs.directory import CONFIG
 from jaxlora.runs.files import LOCK, encode_json, replace
 from jaxlora.sweeps.trials import Trial
 
-FILE = "sweep.json"
+FILE, RUNGS = "sweep.json", "rungs"
 
 
 class Ledger:
@@ -68,6 +68,16 @@ class Ledger:
         rungs = self._read().get("rungs", {})
         self._write("rungs", rungs | {f"{stack}/{number}": {"step": step, "dropped": dropped}})
 
+    def keep_judged(self, name: str, step: int, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Keeps what a trial was dropped on, for the ranking: its record knows only its own calendar's evaluations.
+
+        Args:
+            columns: "example", "nll", "tokens", as in the files of eval/.
+        """
+        folder = self._file.parent / RUNGS
+        folder.mkdir(exist_ok=True)
+        replace(folder / f"{name}.json", encode_json({"step": step, "columns": columns}))
+
     @property
     def dropped(self) -> dict[str, dict[str, Any]]:
         """Name -> {"rung", "step", "reason", "made"} of every trial that was dropped; `made` as a rung's step."""
@@ -96,6 +106,15 @@ class Ledger:
 
     def _write(self, key: str, value: Any) -> None:
         replace(self._file, encode_json(self._read() | {key: value}, indent=2))
+
+
+def judged(folder: Path, name: str) -> tuple[int, dict[str, list[Any]]] | None:
+    """The step and the columns that `Ledger.keep_judged` kept of a trial in a sweep's folder; None for none."""
+    try:
+        kept = json.loads((folder / RUNGS / f"{name}.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return kept["step"], kept["columns"]
 
 
 def check_is_sweep_or_empty(folder: Path) -> None:

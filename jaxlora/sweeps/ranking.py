@@ -9,7 +9,8 @@ from typing import Any
 from jaxlora.core.errors import InputError
 from jaxlora.experiments.paired import Difference, difference
 from jaxlora.runs.directory import RunDirectory
-from jaxlora.sweeps.halving import TIED
+from jaxlora.sweeps.halving import TIED, mean
+from jaxlora.sweeps.ledger import judged
 from jaxlora.sweeps.trials import Trial, shown
 
 NLL = "eval/nll"
@@ -22,13 +23,16 @@ class Place:
     Attributes:
         trial: the trial.
         record: of its folder; {} where it has none yet.
-        rows: the per-example columns of its best evaluation; None for none. before: those of the evaluation before.
+        best: its best evaluation, by its own calendar or at the rung where it was dropped: {"step", "eval/nll"}; None for
+            none.
+        rows: the per-example columns of that; None for none. before: those of the evaluation before.
         behind: its best evaluation less the winner's, example by example; None for the winner, and where the two
             have no examples in common.
     """
 
     trial: Trial
     record: Mapping[str, Any]
+    best: Mapping[str, Any] | None
     rows: Mapping[str, Sequence[Any]] | None
     before: Mapping[str, Sequence[Any]] | None = None
     behind: Difference | None = None
@@ -36,13 +40,13 @@ class Place:
     @property
     def nll(self) -> float:
         """eval/nll at its best evaluation; infinity where none was finite."""
-        value = (self.record.get("best") or {}).get(NLL)
+        value = (self.best or {}).get(NLL)
         return math.inf if value is None else value
 
     @property
     def step(self) -> int:
         """The step of its best evaluation; 0 without one."""
-        return int((self.record.get("best") or {}).get("step", 0))
+        return int((self.best or {}).get("step", 0))
 
     @property
     def tied(self) -> bool:
@@ -68,13 +72,16 @@ def _place(folder: Path, trial: Trial) -> Place:
     try:
         run = RunDirectory.read(folder / trial.name)
     except InputError:
-        return Place(trial, {}, None)
+        return Place(trial, {}, None, None)
     best = run.record.get("best")
+    rows = _rows(run, best["step"] if best else None)
+    if rung := judged(folder, trial.name):
+        step, columns = rung
+        if mean(columns) < (best or {}).get(NLL, math.inf):
+            best, rows = {"step": step, NLL: mean(columns)}, columns
     steps = [line["step"] for line in run.metrics() if NLL in line]
     earlier = [step for step in steps if best and step < best["step"]]
-    return Place(
-        trial, run.record, _rows(run, best["step"] if best else None), _rows(run, max(earlier, default=None))
-    )
+    return Place(trial, run.record, best, rows, _rows(run, max(earlier, default=None)))
 
 
 def _rows(run: RunDirectory, step: int | None) -> Mapping[str, Sequence[Any]] | None:

@@ -5,6 +5,7 @@ import pytest
 
 from jaxlora.config.schema import Config
 from jaxlora.runs.directory import RunDirectory
+from jaxlora.sweeps.ledger import Ledger
 from jaxlora.sweeps.ranking import advice, ranking
 from jaxlora.sweeps.trials import Trial
 
@@ -65,6 +66,21 @@ def test_the_interval_is_of_paired_examples(trained, tmp_path):
     assert b.behind.standard_error < 1e-4
     assert not b.tied
     assert c.tied
+
+
+def test_a_dropped_trial_is_ranked_by_what_it_was_dropped_on(trained, tmp_path):
+    """Its own calendar's last evaluation came before it had learnt much."""
+    trials = [trained("a", {10: 1.9, 20: 1.2}), trained("b", {10: 2.0}), trained("c", {10: 1.8})]
+    columns = {"example": [*range(EXAMPLES)], "nll": [1.5] * EXAMPLES, "tokens": [4] * EXAMPLES}
+    Ledger(tmp_path).keep_judged("b", 15, columns)
+    Ledger(tmp_path).keep_judged(
+        "c", 15, columns | {"nll": [None, *[1.5] * (EXAMPLES - 1)]}
+    )  # not finite: no better
+    _, b, c = ranking(tmp_path, trials)
+    assert (b.trial.name, b.step, b.nll) == ("b", 15, 1.5)
+    assert b.behind is not None
+    assert b.behind.mean == pytest.approx(0.3)
+    assert (c.trial.name, c.step, c.nll) == ("c", 10, 1.8)
 
 
 @pytest.mark.parametrize("changed", [{"fingerprint": "g"}, {"tokens": 5}])

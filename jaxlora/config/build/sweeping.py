@@ -296,9 +296,10 @@ class _Group:
         if known is None:
             assert self._halving is not None
             steps = {lane.name: lane.wish.step for lane in lanes if isinstance(lane.wish, Rung)}
-            whys = halvings.dropped(
-                self._halving, {lane.name: opened[lane.name].judged(stack) for lane in lanes}
-            )
+            judged = {lane.name: opened[lane.name].judged(stack) for lane in lanes}
+            whys = halvings.dropped(self._halving, judged)
+            for name in whys:
+                self._ledger.keep_judged(name, steps[name], judged[name])
             facts = {
                 name: {
                     "rung": rung,
