@@ -23,8 +23,8 @@ class Place:
     Attributes:
         trial: the trial.
         record: of its folder; {} where it has none yet.
-        best: its best evaluation, by its own calendar or at the rung where it was dropped: {"step", "eval/nll"}; None for
-            none.
+        best: its best evaluation, by its own calendar or at the rung where it was dropped, {"step", "eval/nll"};
+            None for none.
         rows: the per-example columns of that; None for none. before: those of the evaluation before.
         behind: its best evaluation less the winner's, example by example; None for the winner, and where the two
             have no examples in common.
