@@ -33,9 +33,9 @@ KINDS = (("plain", "full"), ("blockwise", "full"), ("splash", "full"), ("cudnn",
 STEPS = 10
 
 
-def batch(rows: int, length: int) -> dict[str, jax.Array]:
+def batch(rows: int, length: int, vocabulary: int = SPEC.vocab_size) -> dict[str, jax.Array]:
     """One micro-batch [1, rows, length]: two examples a row, every token trained."""
-    ids = np.random.default_rng(1).integers(0, SPEC.vocab_size, (1, rows, length + 1)).astype(np.int32)
+    ids = np.random.default_rng(1).integers(0, vocabulary, (1, rows, length + 1)).astype(np.int32)
     place, half = np.arange(length, dtype=np.int32), length // 2
     host = {
         "tokens": ids[..., :-1],

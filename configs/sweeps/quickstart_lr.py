@@ -20,6 +20,8 @@ def get_config():
     # Answering 200 questions takes longer than 40 steps of training: in a sweep eval/nll decides, and the best trial
     # can be asked afterwards, by python -m jaxlora.evaluate --run.
     config.base.eval.generate = 0
+    # At both rungs, which then need no evaluation of their own.
+    config.base.eval.every = 30
     # After a quarter of the 120 steps the worst four are dropped, after a half two more: half the work in all.
     config.sweep.halving.rungs = (0.25, 0.5)
     config.sweep.grid = {"optim.learning_rate": [2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2]}

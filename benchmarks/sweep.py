@@ -1,0 +1,183 @@
+"""What training K adapters together takes, beside training them one after another:
+
+    python -m benchmarks.sweep                 # bare steps, small rows and large ones
+    python -m benchmarks.sweep --only whole    # whole commands: start, loading, compilation, training, evaluation
+
+Bare steps: a model of SmolLM2-135M's shape with random bfloat16 weights, adapters of rank 16 on all linear layers. Both
+sides in turn, in one process, after a warm-up: one step of a stack of K, and K steps of one adapter. Whole: the
+quickstart's first 40 steps with K learning rates, by one `sweep` and by K `train`, each side with a compilation cache
+of its own, empty at first. Prints a table and writes it to benchmarks/results/sweep-PLATFORM.json.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.evaluate import random_base
+from benchmarks.step import batch
+from jaxlora.config.build import programs, stacking
+from jaxlora.config.build.inputs import Model, attention_platform
+from jaxlora.config.schema import Config
+from jaxlora.models.attention import Attention
+from jaxlora.models.decoder import Decoder
+from jaxlora.models.spec import DecoderSpec
+from jaxlora.parallel.mesh import make_mesh
+from jaxlora.runs.files import replace
+from jaxlora.sweeps.stack import Stack
+
+# The numbers of the published config.json: huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct.
+SPEC = DecoderSpec(
+    model_type="llama", vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,
+    num_kv_heads=3, head_dim=64, rms_norm_eps=1e-5, rope_theta=1e5, qkv_bias=False, tie_word_embeddings=True,
+    sliding_window=None, max_position_embeddings=8192,
+)  # fmt: skip
+TRIALS = (1, 4, 8, 12)
+SHAPES = ((1, 32), (1, 128), (4, 256))
+"""Rows and tokens of a micro-batch."""
+
+WHOLE_STEPS = 40
+RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
+
+
+def bare(base: dict[str, Any], rows: int, length: int, rounds: int) -> dict[str, Any]:
+    """Seconds of a step of each stack, and of as many steps of one adapter, by K; medians of the rounds."""
+    config = Config.from_dict(
+        {
+            "model": {"path": "none", "remat": "full"},
+            "lora": {"rank": 16, "alpha": 32.0},
+            "data": {"train": "none", "max_length": length},
+            "train": {"batch_size": rows, "micro_batch_size": rows},
+        }
+    )
+    device = jax.devices()[0]
+    how = Attention("auto", attention_platform(device))
+    decoder = Decoder(SPEC, remat="full", dtype=jnp.bfloat16, attention=how)
+    model = Model(None, SPEC, decoder, make_mesh((1, 1, 1), [device]))  # type: ignore[arg-type]
+    form = stacking.form([config], model, [100])
+    given = batch(rows, length, SPEC.vocab_size)
+    (single,) = programs.compile_all(model, [programs.lower_train(config, model, form.like)])
+    assert single is not None
+    alone = programs.first_state(config, model, 100, base)
+
+    def one_by_one(count: int) -> None:
+        nonlocal alone
+        for _ in range(count):
+            alone, sums = single(alone, base, given)
+        jax.block_until_ready(sums)
+
+    found = {}
+    for count in TRIALS:
+        (program,) = programs.compile_all(model, [stacking.lower_train(form, count)])
+        assert program is not None
+        names = [str(i) for i in range(count)]
+        stack = Stack(model.mesh, form.like, names)
+        for name in names:
+            stack.put(name, programs.first_state(config, model, 100, base))
+
+        def together(program=program, stack=stack, names=names) -> None:
+            made = stack.step(program, base, given, names)
+            made[names[0]].numbers()
+
+        seconds = in_turn(together, lambda count=count: one_by_one(count), rounds)
+        found[str(count)] = seconds | {
+            "temporaries": program.memory_analysis().temp_size_in_bytes,
+            "temporaries_alone": single.memory_analysis().temp_size_in_bytes,
+        }
+        told = f"{found[str(count)]['ratio']:.2f} times as fast"
+        print(f"{rows} x {length} tokens, {count:2} trials: together {seconds['together']:.3f} s, "
+              f"one by one {seconds['one_by_one']:.3f} s: {told}", flush=True)  # fmt: skip
+    return found
+
+
+def in_turn(first: Callable[[], None], second: Callable[[], None], rounds: int) -> dict[str, Any]:
+    """Medians and ranges of both, in seconds, and the median of the rounds' ratios; after a warm-up."""
+    taken: tuple[list[float], list[float]] = ([], [])
+    for turn in range(rounds + 1):
+        for side, run in zip(taken, (first, second), strict=True):
+            began = time.perf_counter()
+            run()
+            if turn:
+                side.append(time.perf_counter() - began)
+    return {
+        "together": statistics.median(taken[0]),
+        "one_by_one": statistics.median(taken[1]),
+        "ratio": statistics.median(b / a for a, b in zip(*taken, strict=True)),
+        "ranges": [[min(side), max(side)] for side in taken],
+    }
+
+
+def whole(counts: tuple[int, ...]) -> dict[str, Any]:
+    """Seconds of whole commands, by K."""
+    found = {}
+    for count in counts:
+        rates = RATES[:count]
+        with tempfile.TemporaryDirectory() as folder:
+            steps = f"train.max_steps={WHOLE_STEPS}"
+            together = _timed(
+                Path(folder) / "together",
+                [["sweep", "--config", "configs/sweeps/quickstart_lr.py", "--workdir", f"{folder}/sweep",
+                  f"--config.base.{steps}", "--config.base.eval.every=20", "--config.sweep.halving.rungs=",
+                  f"--config.sweep.grid={{'optim.learning_rate': {list(rates)}}}"]],
+            )  # fmt: skip
+            alone = _timed(
+                Path(folder) / "alone",
+                [["train", "--config", "configs/quickstart.py", "--workdir", f"{folder}/{rate:g}",
+                  "--config.eval.generate=0", "--config.eval.every=20", f"--config.{steps}", f"--config.optim.learning_rate={rate}"]
+                 for rate in rates],
+            )  # fmt: skip
+        found[str(count)] = {"together": together, "one_by_one": alone, "ratio": alone / together}
+        print(f"{count} whole runs of {WHOLE_STEPS} steps: one sweep {together:.0f} s, one by one {alone:.0f} s: "
+              f"{alone / together:.2f} times as fast", flush=True)  # fmt: skip
+    return found
+
+
+def _timed(cache: Path, commands: list[list[str]]) -> float:
+    began = time.perf_counter()
+    for command, *words in commands:
+        subprocess.run(
+            [sys.executable, "-m", f"jaxlora.{command}", *words],
+            env=os.environ | {"XDG_CACHE_HOME": str(cache)},
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=("bare", "whole"), default="bare")
+    parser.add_argument("--rounds", type=int, default=3, help="of bare steps (3)")
+    parser.add_argument("--trials", default="1,4,8", help="of whole runs (1,4,8)")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    device = jax.devices()[0]
+    if arguments.only == "whole":
+        found = whole(tuple(map(int, arguments.trials.split(","))))
+    else:
+        base = random_base(SPEC)
+        found = {f"{rows} x {length}": bare(base, rows, length, arguments.rounds) for rows, length in SHAPES}
+    out = arguments.out or Path(__file__).parent / "results" / f"sweep-{device.platform}.json"
+    told = json.loads(out.read_text()) if out.exists() else {}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+    command = f"python -m benchmarks.sweep --only {arguments.only}"
+    where = f"{device.device_kind}, {os.cpu_count()} cores"
+    told[arguments.only] = {"command": command, "device": where, "versions": versions, "results": found}
+    replace(out, (json.dumps(told, indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
