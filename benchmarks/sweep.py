@@ -134,7 +134,8 @@ def whole(counts: tuple[int, ...]) -> dict[str, Any]:
             alone = _timed(
                 Path(folder) / "alone",
                 [["train", "--config", "configs/quickstart.py", "--workdir", f"{folder}/{rate:g}",
-                  "--config.eval.generate=0", "--config.eval.every=20", f"--config.{steps}", f"--config.optim.learning_rate={rate}"]
+                  "--config.eval.generate=0", "--config.eval.every=20", f"--config.{steps}",
+                  f"--config.optim.learning_rate={rate}"]
                  for rate in rates],
             )  # fmt: skip
         found[str(count)] = {"together": together, "one_by_one": alone, "ratio": alone / together}
