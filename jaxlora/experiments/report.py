@@ -84,8 +84,7 @@ def to_html(entries: Sequence[Entry], title: str = "Journal", made: str | None =
         data=Markup(_json(_payload(entries, numbers))),
         css=asset("report.css"),
         js=asset("report.js"),
-        uplot_css=asset("uplot.min.css"),
-        uplot_js=asset("uplot.min.js"),
+        chart_js=asset("chart.js"),
     )
 
 

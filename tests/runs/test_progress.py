@@ -80,7 +80,7 @@ def test_the_last_step_leaves_no_time(plain, clock):
     ("seconds", "shown"), [(0, "0:00"), (45.4, "0:45"), (201, "3:21"), (3723, "1:02:03"), (90061, "25:01:01")]
 )
 def test_durations(seconds, shown):
-    assert module._duration(seconds) == shown
+    assert module.duration(seconds) == shown
 
 
 def test_numbers_that_are_not_finite_are_shown_as_such(plain):

@@ -1,4 +1,3 @@
-"use strict";
 // The report's data: {runs, metrics, columns, common, shown}; see report.py.
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
@@ -6,7 +5,6 @@ const COLOURS = ["#3b82f6", "#f97316", "#22a45d", "#d6409f", "#8b5cf6", "#eab308
 const DASHES = [[], [8, 4], [2, 3], [10, 4, 2, 4]];
 const colour = (run) => COLOURS[run.id % COLOURS.length];
 const dash = (run) => DASHES[Math.floor(run.id / COLOURS.length) % DASHES.length];
-const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -38,84 +36,47 @@ function smoothed(values, weight) {
   });
 }
 
-function marks(runs, metric) {
-  // Rings at the best evaluation, triangles at spikes.
-  return (plot) => {
-    const context = plot.ctx, scale = devicePixelRatio;
-    runs.forEach((run, index) => {
-      const series = plot.series[index + 1];
-      if (!series.show) return;
-      context.strokeStyle = context.fillStyle = colour(run);
-      context.lineWidth = 2 * scale;
-      const at = (step) => {
-        const place = plot.data[0].indexOf(step);
-        const value = place < 0 ? null : plot.data[index + 1][place];
-        return value === null || value === undefined ? null : [plot.valToPos(step, "x", true), plot.valToPos(value, "y", true)];
-      };
-      const best = metric === "eval/nll" && run.best !== null ? at(run.best) : null;
-      if (best) { context.beginPath(); context.arc(...best, 5 * scale, 0, 7); context.stroke(); }
-      if (metric.startsWith("train/")) for (const step of run.spikes) {
-        const spike = at(nearest(plot.data[0], step));
-        if (!spike) continue;
-        const [x, y] = spike, r = 5 * scale;
-        context.beginPath(); context.moveTo(x, y - 3 * r); context.lineTo(x - r, y - 5 * r); context.lineTo(x + r, y - 5 * r); context.fill();
-      }
-    });
+function hint(place, text) {
+  place.watcher?.disconnect();
+  place.replaceChildren(element("p", { className: "hint", textContent: text }));
+}
+
+// One run's curve, with a ring at its best evaluation and triangles at its spikes.
+function curve(run, metric, logarithmic, smooth, dots) {
+  const [steps, values] = run.curves[metric];
+  let shown = metric.startsWith("train/") && smooth ? smoothed(values, smooth) : values;
+  if (logarithmic) shown = shown.map((value) => value > 0 ? value : null);
+  const points = steps.map((step, index) => [step, shown[index]]);
+  const near = (step) => points.reduce((best, point) => Math.abs(point[0] - step) < Math.abs(best[0] - step) ? point : best);
+  const marked = (some) => some.map(near).filter(([, value]) => value !== null);
+  return {
+    name: run.name, colour: colour(run), dash: dash(run), line: true, dots: dots ? 2.5 : 0, values: points,
+    rings: metric === "eval/nll" && run.best !== null ? marked([run.best]) : [],
+    spikes: metric.startsWith("train/") ? marked(run.spikes) : [],
   };
 }
 
-function nearest(sorted, wanted) {
-  return sorted.reduce((best, step) => Math.abs(step - wanted) < Math.abs(best - wanted) ? step : best, sorted[0]);
-}
-
-function axes(horizontal, vertical) {
-  const common = { stroke: css("--dim"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line"), width: 1 } };
-  const values = (_, splits) => splits.map((v) => v === null ? "" : told(+v.toPrecision(6)));
-  return [{ ...common, label: horizontal, labelSize: 20, values }, { ...common, label: vertical, labelSize: 20, size: 56, values }];
-}
-
 function drawCurves(place, runs, metric, { logarithmic = false, smooth = 0, height = 340 } = {}) {
-  place.chart?.destroy();
-  place.chart = null;
-  place.textContent = "";
   const there = runs.filter((run) => run.curves[metric]?.[0].length);
-  if (!there.length) { place.append(element("p", { className: "hint", textContent: runs.length ? `No chosen run has ${metric}.` : "Choose runs below." })); return; }
-  const tables = there.map((run) => {
-    const [steps, values] = run.curves[metric];
-    let shown = metric.startsWith("train/") && smooth ? smoothed(values, smooth) : values;
-    if (logarithmic) shown = shown.map((value) => value > 0 ? value : null);
-    return [steps, shown];
-  });
-  const points = Math.max(...tables.map((table) => table[0].length)) <= 40;
-  place.chart = new uPlot({
-    width: place.clientWidth, height, scales: { x: { time: false }, y: { distr: logarithmic ? 3 : 1 } },
-    series: [{ label: "step" }, ...there.map((run) => ({ label: run.name, stroke: colour(run), dash: dash(run), width: 2, spanGaps: true, points: { show: points, size: 5, fill: colour(run) }, value: (_, value) => told(value) }))],
-    axes: axes("step", metric), cursor: { drag: { x: true, y: false } }, legend: { show: there.length <= 12 }, hooks: { draw: [marks(there, metric)] },
-  }, uPlot.join(tables), place);
+  if (!there.length) return hint(place, runs.length ? `No chosen run has ${metric}.` : "Choose runs below.");
+  const dots = Math.max(...there.map((run) => run.curves[metric][0].length)) <= 40;
+  const series = there.map((run) => curve(run, metric, logarithmic, smooth, dots)).filter((one) => one.values.some(([, value]) => value !== null));
+  if (!series.length) return hint(place, `Nothing of ${metric} can be shown on this scale.`);
+  drawChart(place, { x: { label: "step" }, y: { label: metric, logarithmic }, series, height, legend: series.length <= 12, zoom: true });
 }
 
 function drawScatter(place, key) {
-  place.chart?.destroy();
-  place.chart = null;
-  place.textContent = "";
-  const dots = data.runs.filter((run) => typeof run.config[key] === "number" && run.row.best_eval_nll !== null)
-    .sort((a, b) => a.config[key] - b.config[key]);
-  if (!dots.length) { place.append(element("p", { className: "hint", textContent: "No setting with numbers differs among runs with evaluations." })); return; }
-  // One series a model and rank; several runs at one value each keep a place of their own.
+  const dots = data.runs.filter((run) => typeof run.config[key] === "number" && run.row.best_eval_nll !== null);
+  if (!dots.length) return hint(place, "No setting with numbers differs among runs with evaluations.");
+  const spread = (values, factor) => Math.min(...values) > 0 && Math.max(...values) / Math.min(...values) >= factor;
   const groups = [...new Set(dots.map((run) => run.group))];
-  const x = dots.map((run) => run.config[key]);
-  const series = groups.map((group) => dots.map((run) => run.group === group ? run.row.best_eval_nll : null));
-  const wide = x[0] > 0 && x[x.length - 1] / x[0] >= 10;
-  const levels = dots.map((run) => run.row.best_eval_nll), least = Math.min(...levels);
-  const tall = least > 0 && Math.max(...levels) / least >= 30;
-  const round = (_, splits) => splits.map((value) => value !== null && Math.abs(value / +value.toPrecision(2) - 1) < 1e-9 ? told(+value.toPrecision(2)) : "");
-  const [across, up] = axes(key, "lowest eval/nll");
-  const pad = (_, low, high) => wide ? [low / 1.5, high * 1.5] : low === high ? [low - 1, high + 1] : [low - (high - low) * 0.05, high + (high - low) * 0.05];
-  place.chart = new uPlot({
-    width: place.clientWidth, height: 280, scales: { x: { time: false, distr: wide ? 3 : 1, range: pad }, y: { distr: tall ? 3 : 1 } },
-    series: [{ label: key, value: (_, value) => told(value) }, ...groups.map((group, index) => ({ label: group, stroke: COLOURS[index % COLOURS.length], paths: () => null, points: { show: true, size: 9, fill: COLOURS[index % COLOURS.length] }, value: (_, value) => told(value) }))],
-    axes: [wide ? { ...across, values: round } : across, up], cursor: { drag: { x: false, y: false } }, legend: { show: groups.length <= 8 },
-  }, [x, ...series], place);
+  const series = groups.map((group, index) => ({
+    name: group, colour: COLOURS[index % COLOURS.length], dash: [], line: false, dots: 4.5, rings: [], spikes: [],
+    values: dots.filter((run) => run.group === group).map((run) => [run.config[key], run.row.best_eval_nll]),
+  }));
+  const x = { label: key, logarithmic: spread(dots.map((run) => run.config[key]), 10), room: 0.05 };
+  const y = { label: "lowest eval/nll", logarithmic: spread(dots.map((run) => run.row.best_eval_nll), 30) };
+  drawChart(place, { x, y, series, height: 280, legend: groups.length <= 8, zoom: false });
 }
 
 // ---- curves -------------------------------------------------------------------------------------------------------
@@ -234,15 +195,8 @@ for (const details of document.querySelectorAll("details.run")) details.addEvent
 const openTarget = () => { const place = location.hash.startsWith("#run-") && document.querySelector(location.hash); if (place) place.open = true; };
 addEventListener("hashchange", openTarget);
 
-// ---- at first, and when the window or the colours change ----------------------------------------------------------
+// ---- at first -----------------------------------------------------------------------------------------------------
 
-function drawAll() {
-  redraw();
-  drawScatter($("scatter"), $("setting").value);
-}
-let waiting;
-let width = innerWidth;
-addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; clearTimeout(waiting); waiting = setTimeout(drawAll, 150); } });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { drawAll(); for (const more of document.querySelectorAll("details.run .more")) more.textContent = ""; for (const details of document.querySelectorAll("details.run[open]")) fill(details); });
-drawAll();
+redraw();
+drawScatter($("scatter"), $("setting").value);
 openTarget();
