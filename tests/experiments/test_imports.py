@@ -299,6 +299,14 @@ def test_exports_of_weights_and_biases_hold_a_run_a_column(tmp_path):
     assert {run.name: run.train.of("train/nll")[1].tolist() for run in runs} == {"a": [3.0, 2.0], "b": [4.0]}
 
 
+def test_what_a_sweep_tells_tensorboard_is_no_run(tmp_path):
+    write_events(tmp_path, {"loss": {1: 1.0}})
+    write_run(tmp_path / "trial")
+    assert len(read_all([tmp_path])) == 2
+    (tmp_path / "sweep.json").write_text("{}")
+    assert [run.name for run in read_all([tmp_path])] == ["trial"]
+
+
 def test_exports_of_tensorboard_hold_a_metric_a_file(tmp_path):
     files = [
         table(tmp_path, "run-Nov22-tag-train_loss.csv", "Wall time,Step,Value\n1,1,3.0\n2,2,2.5\n"),

@@ -9,8 +9,8 @@ from jaxlora.experiments.records import Run, curves, read_notes, started
 
 
 def is_board(folder: Path) -> bool:
-    """Whether event files lie in the folder."""
-    return bool(event_files(folder))
+    """Whether event files of a run lie in the folder; those of a sweep are for TensorBoard's HParams tab alone."""
+    return bool(event_files(folder)) and not (folder / "sweep.json").is_file()
 
 
 def read_board(folder: Path) -> Run:
