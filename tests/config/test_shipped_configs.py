@@ -185,4 +185,4 @@ def test_a_quickstart_sweep_trains_the_quickstart_at_other_rates():
     base = flat_config(load_config("configs/quickstart.py"))
     for trial in load_sweep("configs/sweeps/quickstart_lr.py").trials:
         differing = {key for key, value in flat_config(trial.config).items() if value != base[key]}
-        assert differing <= {"optim.learning_rate", "eval.generate"}
+        assert differing <= {"optim.learning_rate", "eval.every", "eval.generate"}
