@@ -197,9 +197,7 @@ def _watch(arguments: Namespace, reader: Callable[[Path], "Run"], entries: Seque
                 told = [(_flat(text), "") for text in lines]
                 out.entry(f"{time.strftime('%H:%M:%S')}  {_flat(name)}", 38, told)
             if found:
-                _write_outputs(
-                    arguments, entries, "Journal of " + ", ".join(map(str, arguments.roots)), quiet=True
-                )
+                _write_outputs(arguments, entries, _title(arguments), quiet=True)
             sys.stdout.flush()
     except KeyboardInterrupt:
         out.line()

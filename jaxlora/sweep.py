@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import re
 import shlex
 import time
@@ -230,7 +231,8 @@ class _Command:
     def _told(self, trial: Trial) -> search.Told:
         """What a search is told of an ended trial."""
         record = self._record(trial)
-        nll = (record.get("best") or {}).get("eval/nll")
+        place = ranking(self.path, [trial])[0]  # of a dropped one, what it was dropped on
+        nll = place.nll if math.isfinite(place.nll) else None
         dropped = record["steps"] if self._dropped(trial) else None
         return search.Told(trial.changes, None if record.get("status") == "diverged" else nll, dropped)
 

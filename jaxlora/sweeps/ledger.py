@@ -10,7 +10,7 @@ from jaxlora.runs.directory import CONFIG
 from jaxlora.runs.files import LOCK, encode_json, replace
 from jaxlora.sweeps.trials import Trial
 
-FILE, RUNGS = "sweep.json", "rungs"
+FILE, RUNGS = "sweep.json", ".rungs"  # no trial is called so
 
 
 class Ledger:
