@@ -31,6 +31,7 @@ from jaxlora.parallel.rows import placed
 from jaxlora.runs.digests import digests
 
 _DAMAGED, _SUPERSEDED = ".damaged", ".superseded"
+_UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +203,8 @@ class Checkpoints:
             self._failed(step, failure)
             return
         self._pending = None
-        self._remove(f"*{_DAMAGED}", f"*{_SUPERSEDED}")
+        # Of a save that failed, threads may have gone on writing after its folder was removed.
+        self._remove(f"*{_DAMAGED}", f"*{_SUPERSEDED}", f"*{_UNFINISHED}*")
 
     def close(self) -> None:
         """Waits for the save in progress and ends the background threads."""
@@ -264,7 +266,7 @@ class Checkpoints:
                 manager.close()
         del manager
         _sweep()
-        self._remove(f"{step}.orbax-checkpoint-tmp*")  # a full disk needs the room
+        self._remove(f"{step}{_UNFINISHED}*")  # a full disk needs the room
 
     def _set_aside(self, step: int, suffix: str) -> None:
         def rename() -> None:

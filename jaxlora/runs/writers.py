@@ -153,21 +153,14 @@ def compare_in_tensorboard(
         differing: name of each hyperparameter that differs -> its values.
         metrics: names of scalars.
     """
-    from tensorboard.compat.proto import event_pb2
     from tensorboard.plugins.hparams import summary_v2 as hparams
-    from tensorboard.summary.writer.record_writer import RecordWriter  # EventFileWriter would load TensorFlow
 
     domains = {name: _domain(list(values)) for name, values in differing.items()}
     summary = hparams.hparams_config_pb(
         [hparams.HParam(name, hparams.Discrete(values)) for name, values in domains.items()],
         [hparams.Metric(name) for name in metrics],
     )
-    protos: Any = event_pb2  # made at run time, so that type checkers see nothing in it
-    now = time.time()
-    with replacing(folder / "events.out.tfevents.0.sweep") as stream:
-        records = RecordWriter(stream)
-        for content in ({"file_version": "brain.Event:2"}, {"summary": summary}):
-            records.write(protos.Event(wall_time=now, **content).SerializeToString())
+    _write_events(folder / "events.out.tfevents.0.sweep", time.time(), {"summary": summary})
 
 
 def _domain(values: list[Any]) -> list[Any]:
@@ -213,18 +206,35 @@ def _mark_session(run: RunDirectory, after_step: int) -> None:
     So the curves of a run that was killed, and repeats some steps, show each step once.
     """
     from tensorboard.compat.proto import event_pb2
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
     # The files are read in the order of the second in their names, so this one must have a later second.
     seconds = [int(file.name.split(".")[3]) for file in run.tensorboard.glob("events.out.tfevents.*")]
     patience = time.monotonic() + 2
     while time.monotonic() < patience and any(second >= int(time.time()) for second in seconds):
         time.sleep(0.05)
-    writer = EventFileWriter(os.fspath(run.tensorboard))
+    now = time.time()
+    run.tensorboard.mkdir(parents=True, exist_ok=True)
     protos: Any = event_pb2  # made at run time, so that type checkers see nothing in it
     start = protos.SessionLog(status=protos.SessionLog.START)
-    writer.add_event(protos.Event(step=after_step + 1, session_log=start))
-    writer.close()
+    # Nothing after the second: so it is read before the file that the writer begins in the same second, whose name
+    # goes on with the host, the process and a count.
+    _write_events(
+        run.tensorboard / f"events.out.tfevents.{int(now):010d}",
+        now,
+        {"step": after_step + 1, "session_log": start},
+    )
+
+
+def _write_events(file: Path, wall_time: float, content: Mapping[str, Any]) -> None:
+    """Writes an event file that holds one event; TensorFlow, which `EventFileWriter` would load, is not needed."""
+    from tensorboard.compat.proto import event_pb2
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    protos: Any = event_pb2  # made at run time, so that type checkers see nothing in it
+    with replacing(file) as stream:
+        records = RecordWriter(stream)
+        for fields in ({"file_version": "brain.Event:2"}, content):
+            records.write(protos.Event(wall_time=wall_time, **fields).SerializeToString())
 
 
 def _shown(value: Any) -> bool | int | float | str:

@@ -330,6 +330,19 @@ def test_a_real_full_disk(tmp_path):
         subprocess.run(["umount", tmp_path], check=True)
 
 
+def test_what_a_failed_save_writes_late_goes_with_the_next_whole_one(tmp_path):
+    """Its threads may end after it has, and make the folder that was removed once more."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(3)})
+        checkpoints.wait()
+        late = tmp_path / "2.orbax-checkpoint-tmp" / "state"
+        late.mkdir(parents=True)
+        (late / "d").write_bytes(b"late")
+        checkpoints.save(3, {"x": jnp.ones(3)})
+        checkpoints.wait()
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["1", "3"]
+
+
 def test_a_folder_that_cannot_be_made_is_told_and_does_not_raise(tmp_path):
     (tmp_path / "file").touch()
     checkpoints = Checkpoints(tmp_path / "file" / "checkpoints")

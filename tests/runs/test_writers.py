@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -75,18 +74,21 @@ def test_a_resumed_run_shows_each_step_once(tmp_path):
     assert scalars(read(run), "x") == [(step, 1.0 if step <= 6 else 2.0) for step in range(1, 13)]
 
 
-def test_a_run_that_goes_back_shows_each_step_once_and_its_hyperparameters(tmp_path):
+@pytest.mark.parametrize("writers_before", [0, 90_000_000])
+def test_a_run_that_goes_back_shows_each_step_once_and_its_hyperparameters(
+    tmp_path, monkeypatch, writers_before
+):
     from tensorboard.plugins.hparams import metadata
+    from tensorboard.summary.writer import event_file_writer
 
+    # What a process has written before must not count: event files begun in one second are read by such a count, as
+    # text, the tenth before the ninth.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(writers_before))
     with RunDirectory.open(tmp_path, CONFIG) as run, Writers(run) as writers:
         writers.hparams(run.config)
         for step in range(1, 11):
             writers.scalars(step, {"x": 1.0})
         for back, value in ((6, 2.0), (4, 3.0)):
-            # Files that were begun in one second are read by a number that counts the process's writers, as text: the
-            # tenth before the ninth.
-            writers.flush()
-            time.sleep(1.1)
             writers.forget(back)
             for step in range(back + 1, 11):
                 writers.scalars(step, {"x": value})
