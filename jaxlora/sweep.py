@@ -77,7 +77,8 @@ def train_all(sweep: Sweep, path: Path, command: str) -> int:
         path: its folder.
         command: as typed, with the folder.
     Returns:
-        The exit code: 0 when every trial has ended or all were saved on request, 1 when one failed.
+        The exit code: 0 when every trial has ended or all were saved on request, 1 when one failed or could not be
+        written whole.
     """
     from jaxlora.runs.board import TrialBoard
     from jaxlora.runs.progress import Progress
@@ -154,7 +155,12 @@ class _Command:
             outcomes = self._train(asked)
             self.progress.board(None)
         self._tell_outcome(fresh=not before)
-        failed = [name for name, outcome in outcomes.items() if outcome.status == "failed"]
+        if lost := [name for name, outcome in outcomes.items() if outcome.lost]:
+            self.progress.say(
+                f"not all was written of {', '.join(lost)}.\nMake room, and repeat the command: a trial that has not "
+                "ended goes on after its newest whole checkpoint."
+            )
+        failed = lost or any(outcome.status == "failed" for outcome in outcomes.values())
         return cli.EXIT_FAILED if failed else cli.EXIT_OK
 
     # ---- training ----------------------------------------------------------------------------------------------

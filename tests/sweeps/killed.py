@@ -1,4 +1,4 @@
-"""A sweep in a process of its own, to be killed: python -m tests.sweeps.killed CONFIG FOLDER."""
+"""A sweep in a process of its own, to be killed: python -m tests.sweeps.killed CONFIG FOLDER AT_ONCE."""
 
 import os
 import sys
@@ -22,11 +22,11 @@ HALVING = Halving((0.5,), 2.0, drop_ties=True)
 """Step 7: four are left, two go on."""
 
 
-def main(config: str, folder: str) -> None:
+def main(config: str, folder: str, at_once: str) -> None:
     use_persistent_cache()
     base = load_config(config, [])
     trials = [trial(base, name, **(SHAPE | changes)) for name, changes in TRIALS.items()]
-    swept = Swept(trials, Path(folder), halving=HALVING)
+    swept = Swept(trials, Path(folder), int(at_once), HALVING)
     print({name: outcome.status for name, outcome in swept.outcomes.items()})
 
 

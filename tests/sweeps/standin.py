@@ -32,6 +32,7 @@ class Outcome:
     best: dict[str, Any] | None
     last: dict[str, Any] | None
     rung: int | None = None
+    lost: bool = False
 
 
 def nll(rate: float, step: int) -> float:
@@ -79,8 +80,8 @@ def run(trials, folder, *, at_once, halving, progress, board, asked_to_leave, ba
                 ranked = sorted(alive, key=lambda t: nll(t.config.optim.learning_rate, step))
                 for trial in ranked[halving.kept(len(alive)) :]:
                     reason = f"dropped at rung {rung + 1} (step {step})"
-                    facts = {"rung": rung + 1, "step": step, "reason": reason}
-                    Ledger(folder).decide(len(found), rung + 1, step, {trial.name: facts})
+                    facts = {"rung": rung + 1, "step": step, "made": step, "reason": reason}
+                    Ledger(folder).decide([len(found)], rung + 1, {trial.name: facts})
                     end(trial, alive, found, runs, folder, board, "dropped", reason, {})
         if asked_to_leave():
             for trial in list(alive):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlora.sweeps import halving
-from jaxlora.sweeps.ledger import Ledger
+from jaxlora.sweeps.ledger import Ledger, Waiting
 from jaxlora.sweeps.lockstep import layout
 from jaxlora.sweeps.trials import Halving
 
@@ -82,11 +82,23 @@ def test_the_ledger_keeps_what_others_wrote(tmp_path):
     (tmp_path / "sweep.json").write_text('{"config": "lr"}')
     ledger = Ledger(tmp_path)
     ledger.add_stacks([["a", "b"], ["c"]])
-    facts = {"rung": 1, "step": 5, "reason": "worse"}
-    ledger.decide(0, 1, 7, {"b": facts})
+    ledger.add_stacks([["d"]])
+    facts = {"rung": 1, "step": 5, "made": 7, "reason": "worse"}
+    ledger.decide([0, 1], 1, {"b": facts})
     again = Ledger(tmp_path)
-    assert again.stacks == [["a", "b"], ["c"]]
-    assert again.rung(0, 1) == {"step": 7, "dropped": {"b": facts}}
-    assert again.rung(1, 1) is None
-    assert again.dropped == {"b": {**facts, "made": 7}}
+    assert again.stacks == [["a", "b"], ["c"], ["d"]]
+    assert [again.cohort(number) for number in range(3)] == [[0, 1], [0, 1], [2]]
+    assert again.rung([0, 1], 1) == {"b": facts}
+    assert again.rung([2], 1) is None
+    assert again.dropped == {"b": facts}
     assert '"config": "lr"' in (tmp_path / "sweep.json").read_text()
+
+
+def test_a_trial_that_waits_is_known_until_it_was_decided_upon(tmp_path):
+    waiting = Waiting(1, 5, 7, {"example": [0], "nll": [1.5], "tokens": [3]})
+    Ledger(tmp_path).wait("a", waiting)
+    assert Ledger(tmp_path).waiting("a") == waiting
+    assert Ledger(tmp_path).waiting("b") is None
+    for _ in range(2):
+        Ledger(tmp_path).end_wait("a")
+        assert Ledger(tmp_path).waiting("a") is None

@@ -9,13 +9,13 @@ from typing import Any
 
 from jaxlora.config.build import inputs, programs, stacking, wiring
 from jaxlora.config.build.inputs import Data, Model
-from jaxlora.config.build.trialing import Board, OpenTrial, Outcome, Prepared
-from jaxlora.config.schema import Config
+from jaxlora.config.build.trialing import Board, OpenTrial, Outcome, Prepared, alone
+from jaxlora.config.schema import Config, to_dict
 from jaxlora.parallel import sharding
 from jaxlora.runs.directory import CONFIG, ENDED, RunDirectory
 from jaxlora.runs.progress import Progress
 from jaxlora.sweeps import halving as halvings
-from jaxlora.sweeps.ledger import Ledger
+from jaxlora.sweeps.ledger import Ledger, Waiting
 from jaxlora.sweeps.lockstep import Company, Lane, Lockstep, layout
 from jaxlora.sweeps.stack import Stack
 from jaxlora.sweeps.trials import Halving, Trial, groups
@@ -72,7 +72,8 @@ def run(
         trials: all different, with different names.
         folder: the sweep's.
         at_once: trials in a stack at most; 0 is as many as fit.
-        halving: who is dropped on the way; None for nobody. Trials of one stack are compared with each other.
+        halving: who is dropped on the way; None for nobody. Trials of one group that are begun together are compared
+            with each other, whether they fit at once or not.
         progress: stages and lines that are of no single trial.
         board: what is shown of each.
         asked_to_leave: whether all are to save and end.
@@ -94,11 +95,13 @@ def run(
             board.state(name, _state(outcome), outcome.reason)
         if any(not outcome.ended for outcome in outcomes.values()):
             waiting.append(_Group(members, folder, ledger, halving, progress, board, bases))
+    lost: set[str] = set()
     for group in waiting:
-        group.train(at_once, asked_to_leave)
-    return found | {
-        trial.name: _outcome(folder, trial, ledger) for trial in trials if not found[trial.name].ended
-    }
+        lost |= group.train(at_once, asked_to_leave)
+    for trial in trials:
+        if not found[trial.name].ended:
+            found[trial.name] = _outcome(folder, trial, ledger, trial.name in lost)
+    return found
 
 
 def _state(outcome: Outcome) -> str:
@@ -107,7 +110,7 @@ def _state(outcome: Outcome) -> str:
     return outcome.status if outcome.ended else "waiting"
 
 
-def _outcome(folder: Path, trial: Trial, ledger: Ledger) -> Outcome:
+def _outcome(folder: Path, trial: Trial, ledger: Ledger, lost: bool = False) -> Outcome:
     """What the trial's folder says of it."""
     path = folder / trial.name
     if not (path / CONFIG).is_file():
@@ -124,6 +127,7 @@ def _outcome(folder: Path, trial: Trial, ledger: Ledger) -> Outcome:
         record.get("last"),
         dropped["rung"] if dropped and gone else None,
         ended=status in ENDED or gone,
+        lost=lost,
     )
 
 
@@ -159,17 +163,18 @@ class _Group:
         first = self._prepared[trials[0].name]
         self._start: programs.Starter | None = None
         self._fitted: dict[Any, stacking.Fitted] = {}
+        self._lost: set[str] = set()
         self._answers = wiring.answers(trials[0].config, model, first.data, progress.say)
 
-    def train(self, at_once: int, asked_to_leave: Callable[[], bool]) -> None:
-        """Trains those that have not ended."""
+    def train(self, at_once: int, asked_to_leave: Callable[[], bool]) -> set[str]:
+        """Trains those that have not ended; names those of which not all could be written."""
         stacks = [
             (i, names) for i, names in enumerate(self._ledger.stacks) if set(names) & set(self._prepared)
         ]
         known = {name for _, names in stacks for name in names}
         fresh = [name for name in self._prepared if name not in known]
         if asked_to_leave():
-            return
+            return self._lost
         for name in self._prepared:
             if not self._ended(name):
                 self._board.state(name, "compiling")
@@ -178,9 +183,15 @@ class _Group:
             first = len(self._ledger.stacks)
             self._ledger.add_stacks(new)
             stacks += [(first + i, names) for i, names in enumerate(new)]
-        for number, names in stacks:
-            if (left := len(self._left(names))) and not asked_to_leave():
-                self._train(number, names, self._fit(names, left, left), asked_to_leave)
+        while not asked_to_leave():
+            on_their_way = [stack for stack in stacks if not all(map(self._rests, stack[1]))]
+            for number, names in on_their_way:
+                if not asked_to_leave():
+                    left = len(self._left(names))
+                    self._train(number, names, self._fit(names, left, left), asked_to_leave)
+            if not on_their_way and not self._decide_for_several([number for number, _ in stacks]):
+                break
+        return self._lost
 
     def _fit(self, names: Sequence[str], trials: int, at_once: int) -> stacking.Fitted:
         """What these are trained with: a stack's own trials decide, so that others that are added change nothing."""
@@ -196,6 +207,14 @@ class _Group:
         made = [outcome.step for outcome in outcomes.values() if not outcome.ended]
         ended = {name: self._ended_at(name) for name in names if outcomes[name].ended}
         return layout(names, ended, min(made), sharding.trial_devices(self._model.mesh)) if made else ()
+
+    def _rests(self, name: str) -> bool:
+        """Whether nothing is to be trained of a trial: it has ended, or waits at a rung for those of other stacks."""
+        outcome = _outcome(self._folder, self._prepared[name].trial, self._ledger)
+        waiting = self._ledger.waiting(name)
+        return outcome.ended or (
+            waiting is not None and (outcome.status, outcome.step) == ("preempted", waiting.step)
+        )
 
     def _ended(self, name: str) -> bool:
         return _outcome(self._folder, self._prepared[name].trial, self._ledger).ended
@@ -243,7 +262,10 @@ class _Group:
                 state = stack.take(lane.name, lane.ranks)
                 dropped = self._ledger.dropped.get(lane.name)
                 gone = dropped is not None and end.reason == dropped["reason"]
-                opened[lane.name].end(end, int(state.step), "dropped" if gone else "")
+                waits = end.status == "preempted" and not gone and self._ledger.waiting(lane.name) is not None
+                shown_as = "dropped" if gone else "waiting" if waits else ""
+                whole = opened[lane.name].end(end, int(state.step), shown_as)
+                self._lost = self._lost - {lane.name} if whole else self._lost | {lane.name}
                 if end.status in ENDED:
                     ended[lane.name] = int(state.step)
                 elif dropped is not None and gone:
@@ -255,7 +277,7 @@ class _Group:
                 batches,
                 lambda made: layout(names, ended, made, parts),
                 compare,
-                lambda rung: self._ledger.rung(number, rung) is not None,
+                lambda rung: self._ledger.rung(self._ledger.cohort(number), rung) is not None,
                 on_end,
                 asked_to_leave,
             )
@@ -291,29 +313,71 @@ class _Group:
     def _compare(
         self, number: int, rung: int, lanes: Sequence[Lane], opened: Mapping[str, OpenTrial], stack: Stack
     ) -> dict[str, Stop]:
-        """Why those of a stack that do not go on from a rung stop; it is decided once."""
-        known = self._ledger.rung(number, rung)
-        if known is None:
-            assert self._halving is not None
+        """Why those of a stack that do not go on from a rung stop, now or for a while; it is decided once."""
+        cohort = self._ledger.cohort(number)
+        dropped = self._ledger.rung(cohort, rung)
+        if dropped is None:
             steps = {lane.name: lane.wish.step for lane in lanes if isinstance(lane.wish, Rung)}
-            judged = {lane.name: opened[lane.name].judged(stack) for lane in lanes}
-            whys = halvings.dropped(self._halving, judged)
-            for name in whys:
-                self._ledger.keep_judged(name, steps[name], judged[name])
-            facts = {
-                name: {
-                    "rung": rung,
-                    "step": steps[name],
-                    "reason": f"dropped at rung {rung} (step {steps[name]:,}): {why}; to finish it alone: "
-                    f"python -m jaxlora.train --workdir {self._folder / name}",
-                }
-                for name, why in whys.items()
+            made = max(steps.values())
+            there = {
+                name: Waiting(rung, step, made, opened[name].judged(stack)) for name, step in steps.items()
             }
-            self._ledger.decide(number, rung, max(steps.values()), facts)
-            told = f"{len(lanes) - len(whys)} of {len(lanes)} trials go on"
-            self._board.say(f"rung {rung}: {told}" + (f"; dropped: {', '.join(whys)}" if whys else ""))
-            known = {"dropped": facts}
-        return {name: Stop("preempted", one["reason"]) for name, one in known["dropped"].items()}
+            if len(cohort) > 1:
+                for name, waiting in there.items():
+                    self._ledger.wait(name, waiting)
+                why = "waits at rung {} (step {:,}) for the trials that did not fit beside it"
+                return {
+                    name: Stop("preempted", why.format(rung, waiting.step)) for name, waiting in there.items()
+                }
+            dropped = self._decide(cohort, rung, there)
+        return {name: Stop("preempted", facts["reason"]) for name, facts in dropped.items()}
+
+    def _decide(
+        self, cohort: Sequence[int], rung: int, there: Mapping[str, Waiting]
+    ) -> Mapping[str, Mapping[str, Any]]:
+        """Decides who is dropped at a rung; it is noted before anybody acts on it."""
+        assert self._halving is not None
+        whys = halvings.dropped(self._halving, {name: waiting.columns for name, waiting in there.items()})
+        dropped = {}
+        for name, why in whys.items():
+            step = there[name].step
+            self._ledger.keep_judged(name, step, there[name].columns)
+            dropped[name] = {
+                "rung": rung,
+                "step": step,
+                "made": there[name].made,
+                "reason": f"dropped at rung {rung} (step {step:,}): {why}; to finish it alone: "
+                f"python -m jaxlora.train --workdir {self._folder / name}",
+            }
+        self._ledger.decide(cohort, rung, dropped)
+        told = f"{len(there) - len(whys)} of {len(there)} trials go on"
+        self._board.say(f"rung {rung}: {told}" + (f"; dropped: {', '.join(whys)}" if whys else ""))
+        return dropped
+
+    def _decide_for_several(self, numbers: Sequence[int]) -> bool:
+        """Compares trials of several stacks that wait for each other; whether there were any."""
+        for cohort in self._ledger.cohorts:
+            names = [name for number in cohort if number in numbers for name in self._ledger.stacks[number]]
+            waiting = {name: at for name in names if (at := self._ledger.waiting(name)) is not None}
+            if not waiting:
+                continue
+            rung = min(at.rung for at in waiting.values())
+            there = {name: at for name, at in waiting.items() if at.rung == rung}
+            dropped = self._ledger.rung(cohort, rung)  # perhaps before a kill
+            if dropped is None:
+                dropped = self._decide(cohort, rung, there)
+            for name in there:
+                if name in dropped and not self._ended_by_itself(name):
+                    config = to_dict(alone(self._prepared[name].trial.config))
+                    with RunDirectory.open(self._folder / name, config) as run:
+                        run.update_record(reason=dropped[name]["reason"])
+                    self._board.state(name, "dropped", dropped[name]["reason"])
+                self._ledger.end_wait(name)
+            return True
+        return False
+
+    def _ended_by_itself(self, name: str) -> bool:
+        return RunDirectory.read(self._folder / name).record.get("status") in ENDED
 
 
 def _waves(names: Sequence[str], at_once: int) -> list[list[str]]:

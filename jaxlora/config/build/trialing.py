@@ -56,6 +56,7 @@ class Outcome:
         best, last: evaluations: {"step", "eval/nll", ...}; None where there is none.
         rung: at which it was dropped, from 1; None for one that was not.
         ended: whether the sweep has nothing left to do for it.
+        lost: whether something of it could not be written when it ended.
     """
 
     status: str
@@ -65,6 +66,7 @@ class Outcome:
     last: dict[str, Any] | None
     rung: int | None
     ended: bool = True
+    lost: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,12 +199,14 @@ class OpenTrial:
         """The nll of the held-out examples, of the newest state; nothing of it is written or remembered."""
         return self._score(stack.take(self._name, self._ranks)).files["eval"]
 
-    def end(self, end: Stop, step: int, shown_as: str = "") -> None:
+    def end(self, end: Stop, step: int, shown_as: str = "") -> bool:
         """Writes what is left, and the record; closes the folder.
 
         Args:
             end: why it ended. step: the last one made.
             shown_as: what the board is told in place of the status.
+        Returns:
+            Whether all could be written.
         """
         recorder = self._ready.recorder
         self._checkpoints.wait()
@@ -214,6 +218,7 @@ class OpenTrial:
             self._board.say(f"not written: {', '.join(map(str, lost))}", self._name)
         self._board.state(self._name, shown_as or end.status, end.reason)
         self._files.close()
+        return not lost
 
     def fail(self, error: BaseException) -> None:
         """Notes in the record that the sweep broke off, where the trial had not ended."""

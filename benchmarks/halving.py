@@ -1,0 +1,172 @@
+"""Whether halving finds the winner that training all to the end finds, and what it saves, on the quickstart's sweep:
+
+    python -m benchmarks.halving                # ten seeds, all eight rates to the end: the winner of both
+    python -m benchmarks.halving --only time    # the sweep with halving, the sweep without, and eight runs alone
+
+Seeds: a trial's numbers do not depend on which of its siblings go on, so what halving does at its two rungs follows
+from the evaluations that a sweep without it makes at these very steps; it is decided by the code that a sweep decides
+with. Time: whole commands from start to end, each side with a compilation cache of its own, empty at first; who is
+dropped there is compared with what follows for that seed. Prints a table and writes it to
+benchmarks/results/halving-cpu.json.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxlora.config.sweep import load_sweep
+from jaxlora.runs.directory import RunDirectory
+from jaxlora.runs.files import replace
+from jaxlora.sweeps import halving as halvings
+from jaxlora.sweeps.ledger import Ledger
+from jaxlora.sweeps.ranking import ranking
+from jaxlora.sweeps.trials import Halving, Trial
+
+CONFIG = "configs/sweeps/quickstart_lr.py"
+NLL = "eval/nll"
+
+
+def halved(folder: Path, trials: tuple[Trial, ...], halving: Halving) -> tuple[dict[str, int], str]:
+    """What halving makes of trials that were all trained to their end.
+
+    Returns:
+        Those that are dropped -> at which rung; and the winner, as a sweep ranks: by the best evaluation until then.
+    """
+    runs = {trial.name: RunDirectory.read(folder / trial.name) for trial in trials}
+    last = {name: int(run.record["steps"]) for name, run in runs.items()}
+    totals = {trial.name: trial.config.train.max_steps for trial in trials}
+    out: dict[str, int] = {}
+    for number in range(len(halving.rungs)):
+        there = {
+            name: run.read_evaluation(halving.step(number, totals[name]))
+            for name, run in runs.items()
+            if name not in out and last[name] >= halving.step(number, totals[name])
+        }
+        for name in halvings.dropped(halving, there):
+            out[name] = number + 1
+            last[name] = halving.step(number, totals[name])
+    best = {
+        name: min(
+            line[NLL] for line in run.metrics() if line.get(NLL) is not None and line["step"] <= last[name]
+        )
+        for name, run in runs.items()
+    }
+    return out, min(best, key=lambda name: best[name])
+
+
+def seeds(count: int, folder: Path) -> list[dict[str, Any]]:
+    """The winner of each seed, of both."""
+    found = []
+    for seed in range(count):
+        here = folder / f"seed{seed}"
+        _command("sweep", here, "--config.sweep.halving.rungs=", f"--config.base.seed={seed}")
+        sweep = load_sweep(CONFIG, [])
+        assert sweep.halving is not None
+        dropped, halved_winner = halved(here, sweep.trials, sweep.halving)
+        winner, *others = ranking(here, sweep.trials)
+        place = {each.trial.name: each for each in (winner, *others)}[halved_winner]
+        kept = [trial.name for trial in sweep.trials if trial.name not in dropped]
+        found.append(
+            {
+                "seed": seed,
+                "winner": winner.trial.name,
+                "nll": winner.nll,
+                "winner_of_halving": halved_winner,
+                "nll_of_halving": place.nll,
+                "tied": place is winner or place.tied,
+                "dropped": dropped,
+                "to_the_end": kept,
+            }
+        )
+        same = "the same" if place is winner else f"{halved_winner} ({place.nll:.4f})"
+        told = "all go on" if not dropped else f"to the end go {', '.join(kept)}"
+        print(
+            f"seed {seed}: {winner.trial.name} ({winner.nll:.4f}) wins; with halving {same}; {told}",
+            flush=True,
+        )
+    return found
+
+
+def times(folder: Path) -> dict[str, Any]:
+    """Seconds of the sweep with halving, of the sweep without, and of its trials one by one."""
+    sweep = load_sweep(CONFIG, [])
+    taken = {
+        "halving": _command("sweep", folder / "halving", cache=folder / "cache1"),
+        "all": _command("sweep", folder / "all", "--config.sweep.halving.rungs=", cache=folder / "cache2"),
+    }
+    print(", ".join(f"{name} {seconds:.0f} s" for name, seconds in taken.items()), flush=True)
+    taken["one_by_one"] = sum(
+        _command(
+            "train", folder / f"{number}", "--config.eval.generate=0", "--config.eval.every=30",
+            *(f"--config.{key}={value}" for key, value in trial.changes.items()),
+            config="configs/quickstart.py", cache=folder / "cache3",
+        )
+        for number, trial in enumerate(sweep.trials)
+    )  # fmt: skip
+    assert sweep.halving is not None
+    dropped = {name: facts["rung"] for name, facts in Ledger(folder / "halving").dropped.items()}
+    expected, _ = halved(folder / "all", sweep.trials, sweep.halving)
+    steps = {
+        side: sum(RunDirectory.read(folder / side / trial.name).record["steps"] for trial in sweep.trials)
+        for side in ("halving", "all")
+    }
+    by_one = taken["one_by_one"]
+    told = [
+        f"{by_one / taken[side]:.2f} times as long as {what} halving"
+        for side, what in (("halving", "with"), ("all", "without"))
+    ]
+    print(f"one by one {by_one:.0f} s: {', '.join(told)}; steps {steps}", flush=True)
+    assert dropped == expected, (
+        f"{dropped} were dropped, and {expected} follows from the sweep without halving"
+    )
+    return {"seconds": taken, "steps": steps, "dropped": dropped}
+
+
+def _command(name: str, workdir: Path, *words: str, config: str = CONFIG, cache: Path | None = None) -> float:
+    """Runs a command to its end; its seconds."""
+    environment = os.environ | ({"XDG_CACHE_HOME": str(cache)} if cache else {})
+    began = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", f"jaxlora.{name}", "--config", config, "--workdir", str(workdir), *words],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=("seeds", "time"), default="seeds")
+    parser.add_argument("--seeds", type=int, default=10, help="how many (10)")
+    parser.add_argument("--folder", type=Path, help="for the sweeps; one that is there is gone on with")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        found: Mapping[str, Any] | list[Any] = (
+            times(folder) if arguments.only == "time" else seeds(arguments.seeds, folder)
+        )
+    out = Path(__file__).parent / "results" / "halving-cpu.json"
+    told = json.loads(out.read_text()) if out.exists() else {}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+    told[arguments.only] = {
+        "command": f"python -m benchmarks.halving --only {arguments.only}",
+        "device": f"cpu, {os.cpu_count()} cores",
+        "versions": versions,
+        "results": found,
+    }
+    replace(out, (json.dumps(told, indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
