@@ -5,8 +5,9 @@
 
 Bare steps: a model of SmolLM2-135M's shape with random bfloat16 weights, adapters of rank 16 on all linear layers. Both
 sides in turn, in one process, after a warm-up: one step of a stack of K, and K steps of one adapter. Whole: the
-quickstart's first 40 steps with K learning rates, by one `sweep` and by K `train`, each side with a compilation cache
-of its own, empty at first. Prints a table and writes it to benchmarks/results/sweep-PLATFORM.json.
+quickstart's first 40 steps with K learning rates, of 16 rows as it has them and of one, by one `sweep` and by K
+`train`, each side with a compilation cache of its own, empty at first. Prints a table and writes it to
+benchmarks/results/sweep-PLATFORM.json.
 """
 
 import argparse
@@ -48,7 +49,9 @@ SHAPES = ((1, 32), (1, 128), (4, 256))
 """Rows and tokens of a micro-batch."""
 
 WHOLE_STEPS = 40
-RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
+WHOLE_ROWS = (1, 16)
+"""Rows of 192 tokens in a step of a whole run: few, and the quickstart's own."""
+RATES = (2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2, 2e-2)
 
 
 def bare(base: dict[str, Any], rows: int, length: int, rounds: int) -> dict[str, Any]:
@@ -118,29 +121,35 @@ def in_turn(first: Callable[[], None], second: Callable[[], None], rounds: int) 
     }
 
 
-def whole(counts: tuple[int, ...]) -> dict[str, Any]:
-    """Seconds of whole commands, by K."""
+def whole(rows: int, counts: tuple[int, ...]) -> dict[str, Any]:
+    """Seconds of whole commands with so many rows in a step, by K."""
     found = {}
+    settings = {
+        "train.max_steps": WHOLE_STEPS,
+        "train.batch_size": rows,
+        "train.micro_batch_size": rows,
+        "eval.every": 20,
+    }
     for count in counts:
         rates = RATES[:count]
         with tempfile.TemporaryDirectory() as folder:
-            steps = f"train.max_steps={WHOLE_STEPS}"
             together = _timed(
                 Path(folder) / "together",
                 [["sweep", "--config", "configs/sweeps/quickstart_lr.py", "--workdir", f"{folder}/sweep",
-                  f"--config.base.{steps}", "--config.base.eval.every=20", "--config.sweep.halving.rungs=",
-                  f"--config.sweep.grid={{'optim.learning_rate': {list(rates)}}}"]],
+                  "--config.sweep.halving.rungs=", f"--config.sweep.grid={{'optim.learning_rate': {list(rates)}}}",
+                  *(f"--config.base.{key}={value}" for key, value in settings.items())]],
             )  # fmt: skip
             alone = _timed(
                 Path(folder) / "alone",
                 [["train", "--config", "configs/quickstart.py", "--workdir", f"{folder}/{rate:g}",
-                  "--config.eval.generate=0", "--config.eval.every=20", f"--config.{steps}",
-                  f"--config.optim.learning_rate={rate}"]
+                  "--config.eval.generate=0", f"--config.optim.learning_rate={rate}",
+                  *(f"--config.{key}={value}" for key, value in settings.items())]
                  for rate in rates],
             )  # fmt: skip
         found[str(count)] = {"together": together, "one_by_one": alone, "ratio": alone / together}
-        print(f"{count} whole runs of {WHOLE_STEPS} steps: one sweep {together:.0f} s, one by one {alone:.0f} s: "
-              f"{alone / together:.2f} times as fast", flush=True)  # fmt: skip
+        told = f"{alone / together:.2f} times as fast"
+        print(f"{count} whole runs of {WHOLE_STEPS} steps of {rows} rows: one sweep {together:.0f} s, "
+              f"one by one {alone:.0f} s: {told}", flush=True)  # fmt: skip
     return found
 
 
@@ -162,12 +171,13 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=("bare", "whole"), default="bare")
     parser.add_argument("--rounds", type=int, default=3, help="of bare steps (3)")
-    parser.add_argument("--trials", default="1,4,8", help="of whole runs (1,4,8)")
+    parser.add_argument("--trials", default="1,4,8,12", help="of whole runs (1,4,8,12)")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = jax.devices()[0]
     if arguments.only == "whole":
-        found = whole(tuple(map(int, arguments.trials.split(","))))
+        counts = tuple(map(int, arguments.trials.split(",")))
+        found = {f"{rows} x 192": whole(rows, counts) for rows in WHOLE_ROWS}
     else:
         base = random_base(SPEC)
         found = {f"{rows} x {length}": bare(base, rows, length, arguments.rounds) for rows, length in SHAPES}
