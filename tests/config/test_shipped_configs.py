@@ -56,6 +56,7 @@ NOTEBOOK = {
 # Sweeps: the base's model, and how many trials there are in each group.
 SWEEPS = {
     "quickstart_lr.py": (None, [8]),
+    "smollm2_lr.py": ("HuggingFaceTB/SmolLM2-135M-Instruct", [8]),
     "qwen05b_lr.py": (QWEN_05B, [9]),
     "qwen05b_notebook.py": (QWEN_05B, [9, 1, 2]),
     "qwen7b_notebook.py": (QWEN_7B, [4]),
@@ -164,7 +165,7 @@ def test_a_shipped_sweep_is_a_lab_note(file, repository):
     for time in re.findall(r"^Time: .*", text, re.MULTILINE):
         assert "estimate, not measured" in time
     if SWEEPS[file][0]:
-        assert "# Apache-2.0" in text  # the data's licence
+        assert re.search(r"# (Apache-2\.0|CC BY 4\.0)", text)  # the data's licence
         assert "Your own data" in text
 
 
