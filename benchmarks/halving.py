@@ -11,20 +11,14 @@ benchmarks/results/halving-cpu.json.
 """
 
 import argparse
-import importlib.metadata
-import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.commands import RESULTS, keep, timed
 from jaxlora.config.sweep import load_sweep
 from jaxlora.runs.directory import RunDirectory
-from jaxlora.runs.files import replace
 from jaxlora.sweeps import halving as halvings
 from jaxlora.sweeps.ledger import Ledger
 from jaxlora.sweeps.ranking import ranking
@@ -67,7 +61,7 @@ def seeds(count: int, folder: Path) -> list[dict[str, Any]]:
     found = []
     for seed in range(count):
         here = folder / f"seed{seed}"
-        _command("sweep", here, "--config.sweep.halving.rungs=", f"--config.base.seed={seed}")
+        timed("sweep", [*_sweep(here), "--config.sweep.halving.rungs=", f"--config.base.seed={seed}"])
         sweep = load_sweep(CONFIG, [])
         assert sweep.halving is not None
         dropped, halved_winner = halved(here, sweep.trials, sweep.halving)
@@ -99,15 +93,17 @@ def times(folder: Path) -> dict[str, Any]:
     """Seconds of the sweep with halving, of the sweep without, and of its trials one by one."""
     sweep = load_sweep(CONFIG, [])
     taken = {
-        "halving": _command("sweep", folder / "halving", cache=folder / "cache1"),
-        "all": _command("sweep", folder / "all", "--config.sweep.halving.rungs=", cache=folder / "cache2"),
+        "halving": timed("sweep", _sweep(folder / "halving"), folder / "cache1"),
+        "all": timed("sweep", [*_sweep(folder / "all"), "--config.sweep.halving.rungs="], folder / "cache2"),
     }
     print(", ".join(f"{name} {seconds:.0f} s" for name, seconds in taken.items()), flush=True)
     taken["one_by_one"] = sum(
-        _command(
-            "train", folder / f"{number}", "--config.eval.generate=0", "--config.eval.every=30",
-            *(f"--config.{key}={value}" for key, value in trial.changes.items()),
-            config="configs/quickstart.py", cache=folder / "cache3",
+        timed(
+            "train",
+            ["--config", "configs/quickstart.py", "--workdir", f"{folder / str(number)}",
+             "--config.eval.generate=0", "--config.eval.every=30",
+             *(f"--config.{key}={value}" for key, value in trial.changes.items())],
+            folder / "cache3",
         )
         for number, trial in enumerate(sweep.trials)
     )  # fmt: skip
@@ -130,17 +126,8 @@ def times(folder: Path) -> dict[str, Any]:
     return {"seconds": taken, "steps": steps, "dropped": dropped}
 
 
-def _command(name: str, workdir: Path, *words: str, config: str = CONFIG, cache: Path | None = None) -> float:
-    """Runs a command to its end; its seconds."""
-    environment = os.environ | ({"XDG_CACHE_HOME": str(cache)} if cache else {})
-    began = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-m", f"jaxlora.{name}", "--config", config, "--workdir", str(workdir), *words],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        check=True,
-    )
-    return time.perf_counter() - began
+def _sweep(workdir: Path) -> list[str]:
+    return ["--config", CONFIG, "--workdir", str(workdir)]
 
 
 def main() -> None:
@@ -156,16 +143,8 @@ def main() -> None:
         found: Mapping[str, Any] | list[Any] = (
             times(folder) if arguments.only == "time" else seeds(arguments.seeds, folder)
         )
-    out = Path(__file__).parent / "results" / "halving-cpu.json"
-    told = json.loads(out.read_text()) if out.exists() else {}
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
-    told[arguments.only] = {
-        "command": f"python -m benchmarks.halving --only {arguments.only}",
-        "device": f"cpu, {os.cpu_count()} cores",
-        "versions": versions,
-        "results": found,
-    }
-    replace(out, (json.dumps(told, indent=2) + "\n").encode())
+    command = f"python -m benchmarks.halving --only {arguments.only}"
+    keep(RESULTS / "halving-cpu.json", arguments.only, command, "cpu", found)
 
 
 if __name__ == "__main__":

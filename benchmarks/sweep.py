@@ -11,12 +11,7 @@ benchmarks/results/sweep-PLATFORM.json.
 """
 
 import argparse
-import importlib.metadata
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.commands import RESULTS, keep, timed
 from benchmarks.evaluate import random_base
 from benchmarks.step import batch
 from jaxlora.config.build import programs, stacking
@@ -35,7 +31,6 @@ from jaxlora.models.attention import Attention
 from jaxlora.models.decoder import Decoder
 from jaxlora.models.spec import DecoderSpec
 from jaxlora.parallel.mesh import make_mesh
-from jaxlora.runs.files import replace
 from jaxlora.sweeps.stack import Stack
 
 # The numbers of the published config.json: huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct.
@@ -133,36 +128,28 @@ def whole(rows: int, counts: tuple[int, ...]) -> dict[str, Any]:
     for count in counts:
         rates = RATES[:count]
         with tempfile.TemporaryDirectory() as folder:
-            together = _timed(
-                Path(folder) / "together",
-                [["sweep", "--config", "configs/sweeps/quickstart_lr.py", "--workdir", f"{folder}/sweep",
+            together = timed(
+                "sweep",
+                ["--config", "configs/sweeps/quickstart_lr.py", "--workdir", f"{folder}/sweep",
                   "--config.sweep.halving.rungs=", f"--config.sweep.grid={{'optim.learning_rate': {list(rates)}}}",
-                  *(f"--config.base.{key}={value}" for key, value in settings.items())]],
+                  *(f"--config.base.{key}={value}" for key, value in settings.items())],
+                Path(folder) / "cache of the sweep",
             )  # fmt: skip
-            alone = _timed(
-                Path(folder) / "alone",
-                [["train", "--config", "configs/quickstart.py", "--workdir", f"{folder}/{rate:g}",
-                  "--config.eval.generate=0", f"--config.optim.learning_rate={rate}",
-                  *(f"--config.{key}={value}" for key, value in settings.items())]
-                 for rate in rates],
+            alone = sum(
+                timed(
+                    "train",
+                    ["--config", "configs/quickstart.py", "--workdir", f"{folder}/{rate:g}",
+                     "--config.eval.generate=0", f"--config.optim.learning_rate={rate}",
+                     *(f"--config.{key}={value}" for key, value in settings.items())],
+                    Path(folder) / "cache of the runs",
+                )
+                for rate in rates
             )  # fmt: skip
         found[str(count)] = {"together": together, "one_by_one": alone, "ratio": alone / together}
         told = f"{alone / together:.2f} times as fast"
         print(f"{count} whole runs of {WHOLE_STEPS} steps of {rows} rows: one sweep {together:.0f} s, "
               f"one by one {alone:.0f} s: {told}", flush=True)  # fmt: skip
     return found
-
-
-def _timed(cache: Path, commands: list[list[str]]) -> float:
-    began = time.perf_counter()
-    for command, *words in commands:
-        subprocess.run(
-            [sys.executable, "-m", f"jaxlora.{command}", *words],
-            env=os.environ | {"XDG_CACHE_HOME": str(cache)},
-            stdout=subprocess.DEVNULL,
-            check=True,
-        )
-    return time.perf_counter() - began
 
 
 def main() -> None:
@@ -181,13 +168,10 @@ def main() -> None:
     else:
         base = random_base(SPEC)
         found = {f"{rows} x {length}": bare(base, rows, length, arguments.rounds) for rows, length in SHAPES}
-    out = arguments.out or Path(__file__).parent / "results" / f"sweep-{device.platform}.json"
-    told = json.loads(out.read_text()) if out.exists() else {}
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
-    command = f"python -m benchmarks.sweep --only {arguments.only}"
-    where = f"{device.device_kind}, {os.cpu_count()} cores"
-    told[arguments.only] = {"command": command, "device": where, "versions": versions, "results": found}
-    replace(out, (json.dumps(told, indent=2) + "\n").encode())
+    out = arguments.out or RESULTS / f"sweep-{device.platform}.json"
+    keep(
+        out, arguments.only, f"python -m benchmarks.sweep --only {arguments.only}", device.device_kind, found
+    )
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class TrialBoard:
     def __init__(self, trials: Iterable[tuple[str, str]], progress: Progress):
         self._progress = progress
         self.rows: dict[str, Row] = {}
-        self.began: float | None = None  # when the first step was made, by the monotonic clock
+        self.began: float | None = None  # when the first trial was ready, by the monotonic clock
         self._logged: int | None = (
             None  # the step whose train losses are still to be told, where lines are plain
         )
@@ -88,11 +88,14 @@ class TrialBoard:
     def step(self, name: str, step: int, total: int) -> None:
         """A trial has made so many steps of so many."""
         row = self.rows[name]
+        made = (
+            step == row.step + 1
+        )  # else it is where the trial goes on from: what came before is not its speed
         row.step, row.total = step, total
         now = time.monotonic()
         if self.began is None:
             self.began = now
-        if not self._marks or now - self._marks[-1][0] >= _BETWEEN:
+        if made and (not self._marks or now - self._marks[-1][0] >= _BETWEEN):
             self._marks.append((now, sum(row.step for row in self.rows.values())))
         if not self._progress.interactive and self._logged is not None and step > self._logged:
             self._logged = None  # all that make steps together have logged theirs by now

@@ -102,9 +102,7 @@ class Ledger:
 
     def wait(self, name: str, waiting: Waiting) -> None:
         """Notes that a trial has come to a rung, where others are still to come."""
-        file = self._waiting(name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _put(file, encode_json(waiting._asdict()))
+        _put(self._waiting(name), encode_json(waiting._asdict()))
 
     def waiting(self, name: str) -> Waiting | None:
         """Where a trial waits, or did when it was killed; None for one that does not."""
@@ -126,9 +124,7 @@ class Ledger:
         Args:
             columns: "example", "nll", "tokens", as in the files of eval/.
         """
-        folder = self._file.parent / RUNGS
-        folder.mkdir(exist_ok=True)
-        _put(folder / f"{name}.json", encode_json({"step": step, "columns": columns}))
+        _put(self._file.parent / RUNGS / f"{name}.json", encode_json({"step": step, "columns": columns}))
 
     @property
     def dropped(self) -> dict[str, dict[str, Any]]:
@@ -161,6 +157,7 @@ class Ledger:
 def _put(file: Path, content: bytes) -> None:
     """What a sweep decided must be on the disk before anybody acts on it: without, it cannot go on."""
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         replace(file, content)
     except OSError as error:
         raise InputError(

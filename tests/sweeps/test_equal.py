@@ -83,6 +83,24 @@ def near(one: object, other: object) -> bool:
     return one == other
 
 
+def assert_same_curves(found: Path, expected: Path) -> None:
+    assert [line["step"] for line in lines(found)] == [line["step"] for line in lines(expected)]
+    for line, expectation in zip(lines(found), lines(expected), strict=True):
+        assert line.keys() == expectation.keys()
+        for key in line:
+            if key != "train/tokens_per_second":
+                assert near(line[key], expectation[key]), (line["step"], key, line[key], expectation[key])
+
+
+def assert_same_adapters(found: Path, expected: Path) -> None:
+    for adapter in ("best", "last"):
+        one, other = (load_file(run / adapter / "adapter_model.safetensors") for run in (found, expected))
+        assert one.keys() == other.keys()
+        for key in one:
+            assert one[key].shape == other[key].shape
+            np.testing.assert_allclose(one[key], other[key], rtol=1e-4, atol=1e-4, err_msg=key)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EIGHT)
 def test_curves_and_ends(both, name):
@@ -93,12 +111,7 @@ def test_curves_and_ends(both, name):
     assert one["status"] == {"diverges": "diverged", "stops": "stopped_early"}.get(name, "finished")
     for key in ("best", "last", "first"):
         assert near(one[key], other[key]), (one[key], other[key])
-    assert [line["step"] for line in lines(found)] == [line["step"] for line in lines(expected)]
-    for line, expectation in zip(lines(found), lines(expected), strict=True):
-        assert line.keys() == expectation.keys()
-        for key in line:
-            if key != "train/tokens_per_second":
-                assert near(line[key], expectation[key]), (line["step"], key, line[key], expectation[key])
+    assert_same_curves(found, expected)
 
 
 @pytest.mark.slow
@@ -113,9 +126,4 @@ def test_adapters_and_files(both, name):
         str(file.relative_to(found)) for file in found.rglob("*") if file.suffix in (".json", ".jsonl")
     }
     assert (found / "config.json").read_bytes() == (expected / "config.json").read_bytes()
-    for adapter in ("best", "last"):
-        one, other = (load_file(run / adapter / "adapter_model.safetensors") for run in (found, expected))
-        assert one.keys() == other.keys()
-        for key in one:
-            assert one[key].shape == other[key].shape
-            np.testing.assert_allclose(one[key], other[key], rtol=1e-4, atol=1e-4, err_msg=key)
+    assert_same_adapters(found, expected)

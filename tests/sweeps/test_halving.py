@@ -1,10 +1,12 @@
 """Who is dropped at a rung, and which trials have a slot."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 
+from jaxlora.core.errors import InputError
 from jaxlora.sweeps import halving
 from jaxlora.sweeps.ledger import Ledger, Waiting
 from jaxlora.sweeps.lockstep import layout
@@ -102,3 +104,13 @@ def test_a_trial_that_waits_is_known_until_it_was_decided_upon(tmp_path):
     for _ in range(2):
         Ledger(tmp_path).end_wait("a")
         assert Ledger(tmp_path).waiting("a") is None
+
+
+def test_what_cannot_be_noted_stops_the_sweep_with_the_remedy(tmp_path):
+    (tmp_path / ".rungs").touch()  # a file where the folder should be
+    with pytest.raises(InputError) as caught:
+        Ledger(tmp_path).keep_judged("a", 5, {"example": [0], "nll": [1.5], "tokens": [3]})
+    assert re.fullmatch(
+        rf"{tmp_path}/.rungs/a.json could not be written \(.+\)\.\nMake room, and repeat the command: .*",
+        str(caught.value),
+    )

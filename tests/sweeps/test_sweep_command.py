@@ -1,5 +1,6 @@
 """The sweep command, from its arguments to what it says, over a stand-in for training."""
 
+import dataclasses
 import functools
 import io
 import os
@@ -180,6 +181,23 @@ def test_ends_are_told_once_and_leaving_not_at_all(board):
     assert said == ["a: diverged: the loss is not finite"]
 
 
+def test_the_time_left_knows_nothing_of_what_came_before_the_steps(board, monkeypatch):
+    """The trials are ready after a minute, evaluated for two, one of them goes on from step 3; a step takes 10 s."""
+    clock = [60.0]
+    monkeypatch.setattr("jaxlora.runs.board.time.monotonic", lambda: clock[0])
+    for name, step in (("a", 0), ("b", 0), ("c", 3)):
+        board.state(name, "training")
+        board.step(name, step, 10)
+        clock[0] += 40
+    assert "left" not in board.line()
+    for step in (1, 2):
+        clock[0] += 10
+        for name in ("a", "b"):
+            board.step(name, step, 10)
+    # Two make a step in 10 s, which is 5 s for each of the 8 + 8 + 7 steps that are left.
+    assert board.line().endswith("1:55 left")
+
+
 def test_there_is_never_a_long_silence(board, monkeypatch):
     monkeypatch.setattr("jaxlora.runs.progress.SILENCE", 0.05)
     with board._progress as progress:
@@ -227,6 +245,20 @@ def test_dropped_trials_are_ended_and_say_so(call, stand_in, tmp_path):
     assert record(tmp_path, "learning_rate=0.0001")["status"] == "preempted"
     assert call(*lines)[0] == 0
     assert len(stand_in.calls) == 1
+
+
+def test_what_was_not_written_is_told_and_shows_in_the_exit_code(call, stand_in, monkeypatch):
+    outcome = standin.outcome
+    monkeypatch.setattr(
+        standin,
+        "outcome",
+        lambda folder, trial: dataclasses.replace(
+            outcome(folder, trial), lost=trial.name == "learning_rate=0.01"
+        ),
+    )
+    code, out, _ = call(RATES)
+    assert code == 1
+    assert "not all was written of learning_rate=0.01.\nMake room, and repeat the command" in out
 
 
 def test_one_that_was_finished_alone_since_is_dropped_no_more(call, tmp_path):

@@ -265,7 +265,7 @@ class _Group:
                 waits = end.status == "preempted" and not gone and self._ledger.waiting(lane.name) is not None
                 shown_as = "dropped" if gone else "waiting" if waits else ""
                 whole = opened[lane.name].end(end, int(state.step), shown_as)
-                self._lost = self._lost - {lane.name} if whole else self._lost | {lane.name}
+                (self._lost.discard if whole else self._lost.add)(lane.name)
                 if end.status in ENDED:
                     ended[lane.name] = int(state.step)
                 elif dropped is not None and gone:
