@@ -23,6 +23,7 @@ from jaxlora.sweeps.ranking import Place, advice, ranking
 from jaxlora.sweeps.trials import Trial, flat, groups, shown, stack_key, told
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help answers at once
+    from jaxlora.config.schema import Config
     from jaxlora.runs.board import TrialBoard
     from jaxlora.runs.progress import Progress
 
@@ -31,7 +32,7 @@ FREE = "mesh."
 """Keys in which a sweep that goes on may differ: they say where it is computed."""
 
 SHOWN_METRICS = ("eval/nll", "train/nll", "train_eval/nll", "eval/token_accuracy")
-"""What TensorBoard's HParams tab shows of each trial."""
+"""What TensorBoard's HParams tab shows of each trial, where all of them log it."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -232,7 +233,9 @@ class _Command:
         keys = {key for trial in self.trials for key in trial.changes if not key.startswith("journal.")}
         values = [flat(trial.config) for trial in self.trials]
         differing = {key: [one[key] for one in values] for key in sorted(keys)}
-        compare_in_tensorboard(self.path, differing, SHOWN_METRICS)
+        # A trial without a value in one of the columns is left out of the parallel coordinates.
+        logged = [name for name in SHOWN_METRICS if all(_logs(trial.config, name) for trial in self.trials)]
+        compare_in_tensorboard(self.path, differing, logged)
 
     def _told(self, trial: Trial) -> search.Told:
         """What a search is told of an ended trial."""
@@ -340,6 +343,13 @@ class _Command:
             f"{duration(whole)}; one after another an estimated {duration(alone)} ({len(board.rows)} x {start:.0f} s "
             f"until the first step, {steps:,} x {1000 * a_step:.1f} ms a step)"
         )
+
+
+def _logs(config: "Config", name: str) -> bool:
+    """Whether a run logs a metric."""
+    if name == "train_eval/nll":
+        return config.eval.train_examples > 0
+    return not name.startswith("eval/") or name.removeprefix("eval/") in config.eval.metrics
 
 
 def _counted(count: int, what: str) -> str:

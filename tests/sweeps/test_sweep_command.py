@@ -123,6 +123,28 @@ def test_a_dry_run_lists_trials_and_groups_and_makes_nothing(call, tmp_path):
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize(
+    ("base", "columns"),
+    [
+        ([], ["eval/nll", "train/nll", "train_eval/nll", "eval/token_accuracy"]),
+        (
+            ["base.eval.train_examples = 0", "base.eval.metrics = ('nll', 'perplexity')"],
+            ["eval/nll", "train/nll"],
+        ),
+    ],
+)
+def test_tensorboard_has_columns_of_what_the_trials_log_alone(call, tmp_path, base, columns):
+    """For its parallel coordinates leave out whoever lacks a value in one of them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata
+
+    call(RATES, flags=[f"--config.{line.replace(' = ', '=')}" for line in base])
+    events = EventAccumulator(str(tmp_path / "s")).Reload()
+    content = events.SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
+    infos = metadata.parse_experiment_plugin_data(content).metric_infos
+    assert [info.name.tag for info in infos] == columns
+
+
 def test_a_folder_is_named_by_the_time(call, tmp_path):
     call(RATES, workdir=None)
     (found,) = (tmp_path / "runs").iterdir()
