@@ -1,0 +1,78 @@
+"""Our train step over random weights, as a run compiles it, for the benchmarks that time or count it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.shapes import ALPHA, CLIP_NORM, LEARNING_RATE, RANK, WEIGHT_DECAY, random_bits
+from jaxlora.config.build import programs
+from jaxlora.config.build.inputs import Model, attention_platform
+from jaxlora.config.schema import Config
+from jaxlora.core.tree import unflatten
+from jaxlora.models.attention import Attention
+from jaxlora.models.decoder import Decoder
+from jaxlora.models.spec import DecoderSpec
+from jaxlora.models.weights import param_shapes
+from jaxlora.parallel.mesh import make_mesh
+
+
+def random_params(spec: DecoderSpec, dtype: str = "bfloat16") -> dict[str, Any]:
+    """A base with random weights and norms of one, on the first device."""
+    random = np.random.default_rng(0)
+    return unflatten(
+        {
+            path: jnp.asarray(np.ones(shape) if path[-1] == "scale" else random_bits(random, shape), dtype)
+            for path, shape in param_shapes(spec).items()
+        }
+    )
+
+
+class OurStep:
+    """The compiled train step of one micro-batch on the first device.
+
+    Args:
+        spec: the base. rows, length: of a step's batch. dtype: of the base. remat: a policy of the decoder.
+    Attributes:
+        config, model, compiled: as a run has them. `compiled` is None where the step does not fit the device.
+    """
+
+    def __init__(
+        self, spec: DecoderSpec, rows: int, length: int, dtype: str = "bfloat16", remat: str = "full"
+    ):
+        self.config = Config.from_dict(
+            {
+                "model": {"path": "none", "remat": remat, "dtype": dtype},
+                "lora": {"rank": RANK, "alpha": ALPHA},
+                "optim": {
+                    "learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "clip_norm": CLIP_NORM,
+                    "warmup_steps": 1,
+                },
+                "data": {"train": "none", "max_length": length},
+                "train": {"batch_size": rows, "micro_batch_size": rows},
+            }
+        )  # fmt: skip
+        device = jax.devices()[0]
+        how = Attention("auto", attention_platform(device))
+        decoder = Decoder(spec, remat=remat, dtype=jnp.dtype(dtype), attention=how)
+        self.model = Model(None, spec, decoder, make_mesh((1, 1, 1), [device]))  # type: ignore[arg-type]
+        shapes = programs.state_shapes(self.config, self.model, self._steps)
+        (self.compiled,) = programs.compile_all(
+            self.model, [programs.lower_train(self.config, self.model, shapes)]
+        )
+
+    _steps = 10_000  # of the schedule; more than any benchmark does
+
+    def starter(self, base: dict[str, Any]) -> Callable[[Any], Any]:
+        """A function that does one step on a placed batch and hands out its sums; the state stays inside."""
+        state, compiled = programs.first_state(self.config, self.model, self._steps, base), self.compiled
+        assert compiled is not None
+
+        def step(batch: Any) -> Any:
+            nonlocal state
+            state, sums = compiled(state, base, batch)
+            return sums
+
+        return step
