@@ -1,0 +1,78 @@
+"""A train step of ours, in a process of its own; started by `benchmarks.train_vs_peft`."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.children import Side, serve
+from benchmarks.ours import OurStep, random_params
+from benchmarks.shapes import spec
+from jaxlora.config.build import programs
+from jaxlora.data.batches import Batches, Examples
+
+
+def build(job: dict[str, Any]) -> Side:
+    shape = spec(job["shape"])
+    ours = OurStep(shape, job["rows"], job["length"], job["dtype"], job["remat"])
+    if ours.compiled is None:
+        raise MemoryError("the compiled step does not fit the device")
+    step = ours.starter(random_params(shape, job["dtype"]))
+    put = programs.put_batch(ours.model, 1)
+    batches = conversations(job) if job["examples"] else None
+    drawn, done = put(filled(job["rows"], job["length"], shape.vocab_size)), 0
+
+    def run() -> int:
+        nonlocal done
+        tokens, sums = 0, None
+        for _ in range(job["steps"]):
+            done += 1
+            given = drawn
+            if batches is None:
+                tokens += job["rows"] * job["length"]
+            else:
+                host = batches.batch(done)
+                tokens += int(np.count_nonzero(host["segments"]))
+                given = put(host)
+            sums = step(given)
+        jax.block_until_ready(sums)
+        return tokens
+
+    def device_peak() -> int | None:
+        found = jax.devices()[0].memory_stats()
+        return found["peak_bytes_in_use"] if found else None
+
+    memory: Any = ours.compiled.memory_analysis()
+    facts = {
+        "device": jax.devices()[0].device_kind,
+        "temporaries": memory.temp_size_in_bytes if memory else None,
+    }
+    return Side(run, device_peak, facts)
+
+
+def filled(rows: int, length: int, vocabulary: int) -> dict[str, np.ndarray]:
+    """A host batch [rows, length] of one example a row, every token trained."""
+    ids = np.random.default_rng(1).integers(0, vocabulary, (rows, length + 1)).astype(np.int32)
+    places = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+    return {
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "segments": np.ones((rows, length), np.int32),
+        "positions": places,
+        "weights": np.ones((rows, length), np.float32),
+    }
+
+
+def conversations(job: dict[str, Any]) -> Batches:
+    """The packed batches of conversations that the parent has encoded."""
+    with np.load(job["examples"]) as stored:
+        arrays = {name: stored[name] for name in ("ids", "trained", "offsets", "source_rows")}
+    examples = Examples(
+        **arrays, conversations=len(arrays["source_rows"]), truncated=0, dropped=0, max_length=job["length"],
+        name="conversations",
+    )  # fmt: skip
+    return Batches(examples, job["rows"], job["length"])
+
+
+if __name__ == "__main__":
+    serve(build)
