@@ -8,7 +8,6 @@ Shapes alone: no weights, no TPU. It needs libtpu: pip install "jax[tpu]". The t
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import sys
 import tempfile
@@ -17,23 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import RESULTS, versions, write
+from benchmarks.shapes import SHAPES
 from jaxlora.config.schema import Config
 from jaxlora.parallel import topology
-from jaxlora.runs.files import replace
 from jaxlora.runs.progress import Progress
 
-# The numbers of the published config.json: huggingface.co/Qwen/Qwen2.5-0.5B-Instruct, Qwen/Qwen2.5-7B-Instruct and
-# mistralai/Mistral-7B-Instruct-v0.3.
-_QWEN = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32_768}
 MODELS: dict[str, dict[str, Any]] = {
-    "Qwen2.5-0.5B": {
-        **_QWEN, "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-        "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
-    },
-    "Qwen2.5-7B": {
-        **_QWEN, "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28,
-        "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
-    },
+    "Qwen2.5-0.5B": SHAPES["0.5B"],
+    "Qwen2.5-7B": SHAPES["7B"],
+    # huggingface.co/mistralai/Mistral-7B-Instruct-v0.3
     "Mistral-7B": {
         "model_type": "mistral", "rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 32_768,
         "vocab_size": 32_768, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
@@ -150,22 +142,19 @@ def main() -> None:
     parser.add_argument(
         "--no-search", dest="search", action="store_false", help="do not look for the largest micro-batch"
     )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "aot.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "aot.json")
     arguments = parser.parse_args()
     topology.prepare_environment()
     told: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    versions = {
-        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "flax", "optax")
-    }
+    used = versions("jax", "jaxlib", "libtpu", "flax", "optax")
     with Progress(output=sys.stderr) as progress:
         for kind in arguments.only.split(","):
             for case in (case for case in CASES[kind] if arguments.match in case.name):
                 progress.say(f"{kind}: {case.name}")
                 with tempfile.TemporaryDirectory() as folder:
                     found = KINDS[kind](case, config_of(case, Path(folder)), progress, arguments.search)
-                told.setdefault(kind, {})[case.name] = {"versions": versions, **found}
-                replace(arguments.out, (json.dumps(told, indent=2) + "\n").encode())
-    print(f"written to {arguments.out}")
+                told.setdefault(kind, {})[case.name] = {"versions": used, **found}
+                write(arguments.out, told)
 
 
 if __name__ == "__main__":

@@ -65,13 +65,19 @@ class Child:
         """Ends it; the bytes of its `peak` while it was timed, and since it began (`peak_whole`)."""
         self._tell("end")
         answer = self._answer()
-        self._process.wait()
+        self._wait()
         return answer
 
     def kill(self) -> None:
         """Ends one that is in the way."""
         self._process.kill()
-        self._process.wait()
+        self._wait()
+
+    def _wait(self) -> int:
+        """Its exit code, once it has ended."""
+        with contextlib.suppress(BrokenPipeError), self._process:  # closes the pipes; an order may be left in one
+            pass
+        return self._process.wait()
 
     def _tell(self, order: str) -> None:
         assert self._process.stdin is not None
@@ -79,16 +85,16 @@ class Child:
             self._process.stdin.write(order + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise SideError(f"the process ended with code {self._process.wait()}") from None
+            raise SideError(f"the process ended with code {self._wait()}") from None
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SideError(f"the process ended with code {self._process.wait()}")
+            raise SideError(f"the process ended with code {self._wait()}")
         answer = json.loads(line)
         if "failed" in answer:
-            self._process.wait()
+            self._wait()
             raise SideError(answer["failed"])
         return answer
 

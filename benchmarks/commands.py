@@ -1,18 +1,59 @@
-"""What benchmarks of whole commands share: a timed command, and a results file that keeps what other parts measured."""
+"""The benchmarks as commands: their arguments, peers that may be missing, and the timing of jaxlora's own commands."""
 
-import importlib.metadata
-import json
+import argparse
+import importlib.util
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from jaxlora.runs.files import replace
 
-RESULTS = Path(__file__).parent / "results"
+def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """A benchmark's arguments: those that all of the measuring ones have."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument(
+        "--rounds", type=positive, default=rounds, help=f"how often each side is timed ({rounds})"
+    )
+    made.add_argument(
+        "--toy", action="store_true", help="sizes for a test: seconds, and figures without meaning"
+    )
+    made.add_argument("--out", type=Path, metavar="F.json", help="where the figures go (benchmarks/results)")
+    return made
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
+    return int(text)
+
+
+def choices(allowed: Iterable[str]) -> Callable[[str], list[str]]:
+    """An argument that is some of the allowed names, with commas between them."""
+    names = tuple(allowed)
+
+    def some(text: str) -> list[str]:
+        chosen = text.split(",")
+        for name in chosen:
+            if name not in names:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(names)}")
+        return chosen
+
+    return some
+
+
+def absent(**packages: str) -> str | None:
+    """The line that says what to install for a peer; None where all of it is there.
+
+    Args:
+        packages: what is imported -> what pip calls it.
+    """
+    missing = [wanted for name, wanted in packages.items() if importlib.util.find_spec(name) is None]
+    return f"not installed, so not measured: pip install {' '.join(missing)}" if missing else None
 
 
 def timed(command: str, words: Sequence[str], cache: Path | None = None) -> float:
@@ -32,16 +73,3 @@ def timed(command: str, words: Sequence[str], cache: Path | None = None) -> floa
         check=True,
     )
     return time.perf_counter() - began
-
-
-def keep(file: Path, part: str, command: str, device: str, results: Any) -> None:
-    """Writes what a part of a benchmark measured into its file, in place of what that part measured before."""
-    told = json.loads(file.read_text()) if file.exists() else {}
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
-    told[part] = {
-        "command": command,
-        "device": f"{device}, {os.cpu_count()} cores",
-        "versions": versions,
-        "results": results,
-    }
-    replace(file, (json.dumps(told, indent=2) + "\n").encode())

@@ -11,12 +11,14 @@ benchmarks/results/halving-cpu.json.
 """
 
 import argparse
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.commands import RESULTS, keep, timed
+from benchmarks.commands import timed
+from benchmarks.report import RESULTS, facts, keep
 from jaxlora.config.sweep import load_sweep
 from jaxlora.runs.directory import RunDirectory
 from jaxlora.sweeps import halving as halvings
@@ -144,7 +146,8 @@ def main() -> None:
             times(folder) if arguments.only == "time" else seeds(arguments.seeds, folder)
         )
     command = f"python -m benchmarks.halving --only {arguments.only}"
-    keep(RESULTS / "halving-cpu.json", arguments.only, command, "cpu", found)
+    told = facts(command, f"cpu, {os.cpu_count()} cores", "jax", "jaxlib", "flax") | {"results": found}
+    keep(RESULTS / "halving-cpu.json", {arguments.only: told})
 
 
 if __name__ == "__main__":

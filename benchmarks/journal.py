@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.report import write
+
 EVERY, EVALUATE, EXAMPLES = 10, 500, 200
 RATES, RANKS, WARMUPS = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4), (8, 16, 64, 128), (100, 1000)
 
@@ -154,7 +156,7 @@ def main() -> None:
         "load": [round(value, 1) for value in os.getloadavg()],
     }
     if arguments.out:
-        arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
+        write(arguments.out, figures)
     used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     best = min(entry["seconds"] for entry in rounds)
     print(

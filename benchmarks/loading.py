@@ -9,7 +9,6 @@ all shards are in it. The result is added to benchmarks/results/loading.json.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -21,14 +20,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from benchmarks.aot import MODELS
+from benchmarks.report import RESULTS, keep, versions
+from benchmarks.shapes import random_bits
 from jaxlora.models.shards import write_shards
 from jaxlora.models.spec import DecoderSpec
 from jaxlora.models.weights import tensor_table
-from jaxlora.runs.files import replace
 from jaxlora.runs.progress import Progress
 
 MARGIN = 2 * 10**9
@@ -46,8 +45,7 @@ def write_model(folder: Path, config: Mapping[str, Any], progress: Progress) -> 
     random = np.random.default_rng(0)
 
     def tensor(name: str) -> np.ndarray:
-        bits = random.integers(0, 2**16, shapes[name], np.uint16)
-        return (bits & 0x807F | 0x3C00).view(ml_dtypes.bfloat16)  # its own sign and mantissa, one exponent
+        return random_bits(random, shapes[name])
 
     sizes = {name: 2 * int(np.prod(shape)) for name, shape in shapes.items()}
     with progress.stage("writing random weights") as stage:
@@ -112,7 +110,7 @@ def main() -> None:
         help="data,fsdp,tensor (1,8,1)",
     )
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "loading.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "loading.json")
     arguments = parser.parse_args()
     if arguments.child:
         _child(arguments.child, arguments.mesh)
@@ -131,10 +129,9 @@ def main() -> None:
         f"{name}: shards {found['shards'] / 1e9:.2f} GB, at most {found['grown'] / 1e9:.2f} GB more resident memory: "
         f"{beside / 1e9:.2f} GB beside them ({found['seconds']} s)"
     )
-    told = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "safetensors", "numpy")}
-    told[name] = found | {"beside": beside, "versions": versions, "device": platform.processor() or "CPU"}
-    replace(arguments.out, (json.dumps(told, indent=2) + "\n").encode())
+    used = versions("jax", "safetensors", "numpy")
+    told = found | {"beside": beside, "versions": used, "device": platform.processor() or "CPU"}
+    keep(arguments.out, {name: told})
     sys.exit(beside > MARGIN)
 
 

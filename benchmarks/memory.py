@@ -6,8 +6,6 @@ Prints a table and writes it, with versions and device, to benchmarks/results/me
 """
 
 import argparse
-import importlib.metadata
-import json
 import sys
 import types
 from pathlib import Path
@@ -17,29 +15,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.report import RESULTS, facts, write
+from benchmarks.shapes import spec
 from jaxlora.config.build import memory, programs, works
 from jaxlora.config.build.inputs import Model
 from jaxlora.config.schema import Config
 from jaxlora.data.chat import ChatEncoder
 from jaxlora.models.decoder import Decoder, unembedding
-from jaxlora.models.spec import DecoderSpec
 from jaxlora.parallel.mesh import make_mesh
 from jaxlora.runs.progress import Progress
 from jaxlora.training.answers import Answers
 from jaxlora.training.losses import cross_entropy
 
-SPEC = DecoderSpec(
-    model_type="qwen2", vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_layers=24, num_heads=14,
-    num_kv_heads=2, head_dim=64, rms_norm_eps=1e-6, rope_theta=1e6, qkv_bias=True, tie_word_embeddings=True,
-    sliding_window=None, max_position_embeddings=32_768,
-)  # fmt: skip
+SPEC = spec("0.5B")
 NEW_TOKENS = 256
 
 
 class Prompts(ChatEncoder):
     """Prompts of one length, without a tokenizer."""
 
-    end_of_turn_ids = (0,)
+    end_of_turn_ids = (0,)  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, length: int):
         self.tokenizer: Any = types.SimpleNamespace()
@@ -127,17 +122,9 @@ def main() -> None:
         print(
             f"| {name} | " + " | ".join(f"{sizes[c] / 1e9:.3f}" if c in sizes else "" for c in columns) + " |"
         )
-    out = arguments.out or Path(__file__).parent / "results" / f"memory-{device.platform}.json"
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
-    told = {
-        "command": f"python -m benchmarks.memory --rows {arguments.rows} --length {arguments.length}",
-        "device": device.device_kind,
-        "versions": versions,
-        "bytes": found,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(told, indent=2) + "\n")
-    print(f"written to {out}")
+    command = f"python -m benchmarks.memory --rows {arguments.rows} --length {arguments.length}"
+    told = facts(command, device.device_kind, "jax", "jaxlib", "flax", "optax")
+    write(arguments.out or RESULTS / f"memory-{device.platform}.json", told | {"bytes": found})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from jaxlora.models.weights import param_shapes
 from jaxlora.parallel.mesh import make_mesh
 
 
-def random_params(spec: DecoderSpec, dtype: str = "bfloat16") -> dict[str, Any]:
+def random_base(spec: DecoderSpec, dtype: str = "bfloat16") -> dict[str, Any]:
     """A base with random weights and norms of one, on the first device."""
     random = np.random.default_rng(0)
     return unflatten(
@@ -30,17 +30,41 @@ def random_params(spec: DecoderSpec, dtype: str = "bfloat16") -> dict[str, Any]:
     )
 
 
+def filled(rows: int, length: int, vocabulary: int, examples: int = 1) -> dict[str, np.ndarray]:
+    """A host batch [rows, length] of so many examples a row, every token trained."""
+    ids = np.random.default_rng(1).integers(0, vocabulary, (rows, length + 1)).astype(np.int32)
+    places, each = np.arange(length, dtype=np.int32), length // examples
+
+    def in_rows(row: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(row, (rows, length))
+
+    return {
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "segments": in_rows(np.minimum(places // each, examples - 1) + 1),
+        "positions": in_rows(places - each * np.minimum(places // each, examples - 1)),
+        "weights": np.ones((rows, length), np.float32),
+    }
+
+
 class OurStep:
     """The compiled train step of one micro-batch on the first device.
 
     Args:
         spec: the base. rows, length: of a step's batch. dtype: of the base. remat: a policy of the decoder.
+        attention: its kind.
     Attributes:
         config, model, compiled: as a run has them. `compiled` is None where the step does not fit the device.
     """
 
     def __init__(
-        self, spec: DecoderSpec, rows: int, length: int, dtype: str = "bfloat16", remat: str = "full"
+        self,
+        spec: DecoderSpec,
+        rows: int,
+        length: int,
+        dtype: str = "bfloat16",
+        remat: str = "full",
+        attention: str = "auto",
     ):
         self.config = Config.from_dict(
             {
@@ -55,7 +79,7 @@ class OurStep:
             }
         )  # fmt: skip
         device = jax.devices()[0]
-        how = Attention("auto", attention_platform(device))
+        how = Attention(attention, attention_platform(device))
         decoder = Decoder(spec, remat=remat, dtype=jnp.dtype(dtype), attention=how)
         self.model = Model(None, spec, decoder, make_mesh((1, 1, 1), [device]))  # type: ignore[arg-type]
         shapes = programs.state_shapes(self.config, self.model, self._steps)
@@ -64,6 +88,10 @@ class OurStep:
         )
 
     _steps = 10_000  # of the schedule; more than any benchmark does
+
+    def put(self, batch: dict[str, np.ndarray]) -> Any:
+        """A host batch on the device, as a run puts it there."""
+        return programs.put_batch(self.model, 1)(batch)
 
     def starter(self, base: dict[str, Any]) -> Callable[[Any], Any]:
         """A function that does one step on a placed batch and hands out its sums; the state stays inside."""

@@ -6,9 +6,8 @@ import jax
 import numpy as np
 
 from benchmarks.children import Side, serve
-from benchmarks.ours import OurStep, random_params
+from benchmarks.ours import OurStep, filled, random_base
 from benchmarks.shapes import spec
-from jaxlora.config.build import programs
 from jaxlora.data.batches import Batches, Examples
 
 
@@ -17,10 +16,9 @@ def build(job: dict[str, Any]) -> Side:
     ours = OurStep(shape, job["rows"], job["length"], job["dtype"], job["remat"])
     if ours.compiled is None:
         raise MemoryError("the compiled step does not fit the device")
-    step = ours.starter(random_params(shape, job["dtype"]))
-    put = programs.put_batch(ours.model, 1)
+    step = ours.starter(random_base(shape, job["dtype"]))
     batches = conversations(job) if job["examples"] else None
-    drawn, done = put(filled(job["rows"], job["length"], shape.vocab_size)), 0
+    drawn, done = ours.put(filled(job["rows"], job["length"], shape.vocab_size)), 0
 
     def run() -> int:
         nonlocal done
@@ -33,7 +31,7 @@ def build(job: dict[str, Any]) -> Side:
             else:
                 host = batches.batch(done)
                 tokens += int(np.count_nonzero(host["segments"]))
-                given = put(host)
+                given = ours.put(host)
             sums = step(given)
         jax.block_until_ready(sums)
         return tokens
@@ -48,19 +46,6 @@ def build(job: dict[str, Any]) -> Side:
         "temporaries": memory.temp_size_in_bytes if memory else None,
     }
     return Side(run, device_peak, facts)
-
-
-def filled(rows: int, length: int, vocabulary: int) -> dict[str, np.ndarray]:
-    """A host batch [rows, length] of one example a row, every token trained."""
-    ids = np.random.default_rng(1).integers(0, vocabulary, (rows, length + 1)).astype(np.int32)
-    places = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
-    return {
-        "tokens": ids[:, :-1],
-        "targets": ids[:, 1:],
-        "segments": np.ones((rows, length), np.int32),
-        "positions": places,
-        "weights": np.ones((rows, length), np.float32),
-    }
 
 
 def conversations(job: dict[str, Any]) -> Batches:

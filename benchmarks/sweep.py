@@ -13,32 +13,20 @@ benchmarks/results/sweep-PLATFORM.json.
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from benchmarks.commands import RESULTS, keep, timed
-from benchmarks.evaluate import random_base
-from benchmarks.step import batch
+from benchmarks import report, timing
+from benchmarks.commands import timed
+from benchmarks.ours import OurStep, filled, random_base
+from benchmarks.shapes import spec
 from jaxlora.config.build import programs, stacking
-from jaxlora.config.build.inputs import Model, attention_platform
-from jaxlora.config.schema import Config
-from jaxlora.models.attention import Attention
-from jaxlora.models.decoder import Decoder
-from jaxlora.models.spec import DecoderSpec
-from jaxlora.parallel.mesh import make_mesh
 from jaxlora.sweeps.stack import Stack
 
-# The numbers of the published config.json: huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct.
-SPEC = DecoderSpec(
-    model_type="llama", vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,
-    num_kv_heads=3, head_dim=64, rms_norm_eps=1e-5, rope_theta=1e5, qkv_bias=False, tie_word_embeddings=True,
-    sliding_window=None, max_position_embeddings=8192,
-)  # fmt: skip
+SPEC = spec("135M")
 TRIALS = (1, 4, 8, 12)
 SHAPES = ((1, 32), (1, 128), (4, 256))
 """Rows and tokens of a micro-batch."""
@@ -51,22 +39,11 @@ RATES = (2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2, 2e-
 
 def bare(base: dict[str, Any], rows: int, length: int, rounds: int) -> dict[str, Any]:
     """Seconds of a step of each stack, and of as many steps of one adapter, by K; medians of the rounds."""
-    config = Config.from_dict(
-        {
-            "model": {"path": "none", "remat": "full"},
-            "lora": {"rank": 16, "alpha": 32.0},
-            "data": {"train": "none", "max_length": length},
-            "train": {"batch_size": rows, "micro_batch_size": rows},
-        }
-    )
-    device = jax.devices()[0]
-    how = Attention("auto", attention_platform(device))
-    decoder = Decoder(SPEC, remat="full", dtype=jnp.bfloat16, attention=how)
-    model = Model(None, SPEC, decoder, make_mesh((1, 1, 1), [device]))  # type: ignore[arg-type]
-    form = stacking.form([config], model, [100])
-    given = batch(rows, length, SPEC.vocab_size)
-    (single,) = programs.compile_all(model, [programs.lower_train(config, model, form.like)])
+    ours = OurStep(SPEC, rows, length)
+    config, model, single = ours.config, ours.model, ours.compiled
     assert single is not None
+    form = stacking.form([config], model, [100])
+    given = ours.put(filled(rows, length, SPEC.vocab_size, examples=2))
     alone = programs.first_state(config, model, 100, base)
 
     def one_by_one(count: int) -> None:
@@ -90,8 +67,8 @@ def bare(base: dict[str, Any], rows: int, length: int, rounds: int) -> dict[str,
 
         seconds = in_turn(together, lambda count=count: one_by_one(count), rounds)
         found[str(count)] = seconds | {
-            "temporaries": program.memory_analysis().temp_size_in_bytes,
-            "temporaries_alone": single.memory_analysis().temp_size_in_bytes,
+            "temporaries": _temporaries(program),
+            "temporaries_alone": _temporaries(single),
         }
         told = f"{found[str(count)]['ratio']:.2f} times as fast"
         print(f"{rows} x {length} tokens, {count:2} trials: together {seconds['together']:.3f} s, "
@@ -99,20 +76,17 @@ def bare(base: dict[str, Any], rows: int, length: int, rounds: int) -> dict[str,
     return found
 
 
+def _temporaries(program: Any) -> int:
+    return program.memory_analysis().temp_size_in_bytes
+
+
 def in_turn(first: Callable[[], None], second: Callable[[], None], rounds: int) -> dict[str, Any]:
-    """Medians and ranges of both, in seconds, and the median of the rounds' ratios; after a warm-up."""
-    taken: tuple[list[float], list[float]] = ([], [])
-    for turn in range(rounds + 1):
-        for side, run in zip(taken, (first, second), strict=True):
-            began = time.perf_counter()
-            run()
-            if turn:
-                side.append(time.perf_counter() - began)
+    """Medians and ranges of both, in seconds, and the median of the rounds' ratios."""
+    taken = timing.in_turn({"together": first, "one_by_one": second}, rounds)
     return {
-        "together": statistics.median(taken[0]),
-        "one_by_one": statistics.median(taken[1]),
-        "ratio": statistics.median(b / a for a, b in zip(*taken, strict=True)),
-        "ranges": [[min(side), max(side)] for side in taken],
+        **{name: statistics.median(seconds) for name, seconds in taken.items()},
+        "ratio": timing.ratios(taken["one_by_one"], taken["together"])["median"],
+        "ranges": [[min(side), max(side)] for side in taken.values()],
     }
 
 
@@ -168,10 +142,10 @@ def main() -> None:
     else:
         base = random_base(SPEC)
         found = {f"{rows} x {length}": bare(base, rows, length, arguments.rounds) for rows, length in SHAPES}
-    out = arguments.out or RESULTS / f"sweep-{device.platform}.json"
-    keep(
-        out, arguments.only, f"python -m benchmarks.sweep --only {arguments.only}", device.device_kind, found
-    )
+    out = arguments.out or report.RESULTS / f"sweep-{device.platform}.json"
+    command, where = f"python -m benchmarks.sweep --only {arguments.only}", report.device()
+    told = report.facts(command, where, "jax", "jaxlib", "flax") | {"results": found}
+    report.keep(out, {arguments.only: told})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import timing
+from benchmarks import commands, report, timing
 from benchmarks.children import Child, SideError
 from benchmarks.shapes import SHAPES
 from jaxlora.runs.progress import Progress
@@ -39,7 +39,7 @@ MOST_CONVERSATIONS = 2000
 def sides(arguments: Namespace) -> dict[str, tuple[str, bool]]:
     """Name -> its child's module, and whether it compiles."""
     found = {"jaxlora": ("benchmarks.side_jaxlora", False)}
-    missing = timing.absent(torch="torch==2.13.0", peft="peft")
+    missing = commands.absent(torch="torch==2.13.0", peft="peft")
     if missing:
         print(f"PEFT: {missing}", flush=True)
         return found
@@ -147,7 +147,7 @@ def summary(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def tell(title: str, found: Mapping[str, Any], summed: Mapping[str, Any]) -> None:
     print(f"\n{title}")
-    timing.table(
+    report.table(
         ("", "tokens/s", "peak while timed, GB", "since its start, GB"),
         [
             (
@@ -197,34 +197,34 @@ def encoded(arguments: Namespace, progress: Progress) -> Iterator[str]:
 
 
 def parse() -> Namespace:
-    parser = timing.parser(__doc__, rounds=5)
+    parser = commands.parser(__doc__, rounds=5)
     shapes = ["0.5B", "1.5B", "7B"] if ON_GPU else ["40M", "135M", "0.5B"]
     parser.add_argument(
         "--shapes",
-        type=timing.choices(SHAPES),
+        type=commands.choices(SHAPES),
         default=shapes,
         help=f"some of {', '.join(SHAPES)} ({','.join(shapes)})",
     )
     parser.add_argument(
-        "--rows", type=timing.positive, default=8 if ON_GPU else 4, help="in a step (8 or, on a CPU, 4)"
+        "--rows", type=commands.positive, default=8 if ON_GPU else 4, help="in a step (8 or, on a CPU, 4)"
     )
     parser.add_argument(
         "--length",
-        type=timing.positive,
+        type=commands.positive,
         default=2048 if ON_GPU else 256,
         help="of a row (2048 or, on a CPU, 256)",
     )
-    parser.add_argument("--steps", type=timing.positive, default=4, help="in a round (4)")
+    parser.add_argument("--steps", type=commands.positive, default=4, help="in a round (4)")
     dtypes = ("bfloat16", "float32")
     parser.add_argument(
         "--dtypes",
-        type=timing.choices(dtypes),
+        type=commands.choices(dtypes),
         default=["bfloat16"] if ON_GPU else [*dtypes],
         help="of the base (bfloat16,float32; on a GPU bfloat16)",
     )
     parser.add_argument(
         "--remat",
-        type=timing.choices(("full", "none")),
+        type=commands.choices(("full", "none")),
         default=["full", "none"],
         help="whether layers are computed again in the backward pass, on both sides (full,none)",
     )
@@ -254,7 +254,7 @@ def parse() -> Namespace:
 
 def main() -> None:
     arguments = parse()
-    report = timing.Report("train_vs_peft", arguments)
+    told = report.Report("train_vs_peft", arguments)
     results: dict[str, Any] = {}
     where = ""
     with Progress(output=sys.stderr) as progress, encoded(arguments, progress) as examples:
@@ -266,8 +266,8 @@ def main() -> None:
             tell(title, found, results[title])
             device = next((one["facts"]["device"] for one in found.values() if "facts" in one), None)
             where = f"{device}, {os.cpu_count()} cores" if device else where
-    report.write(
-        where, timing.versions("jax", "jaxlib", "flax", "torch", "transformers", "peft"), results
+    told.write(
+        where, ("jax", "jaxlib", "flax", "torch", "transformers", "peft"), results
     )  # fmt: skip
 
 
