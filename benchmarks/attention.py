@@ -6,18 +6,16 @@
 
 Two programs, with Qwen2.5-0.5B's shapes and 8,192 tokens at once: one layer's attention and its gradient, and the train
 step (four layers of 24, since what a layer takes for a moment does not depend on their number; remat "full"). Prints a
-table and writes it, with versions, to benchmarks/results/attention-PLATFORM.json.
+table and writes it, with versions, to benchmarks/results/attention-PLATFORM.json. With --run (and --toy): one layer is
+run, each kind in turn, on rows of one example and on packed rows of two examples and padding; times and errors.
 """
 
 import argparse
 import dataclasses
-import importlib.metadata
-import json
 import os
 import sys
-import time
 import types
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.memory import SPEC
+from benchmarks import commands, report, timing
+from benchmarks.shapes import spec
 from jaxlora.config.build import programs
 from jaxlora.config.build.inputs import Model, attention_platform
 from jaxlora.config.schema import Config
@@ -35,9 +34,9 @@ from jaxlora.models.places import Places
 from jaxlora.parallel.mesh import make_mesh
 from jaxlora.runs.progress import Progress
 
+SPEC = spec("0.5B")
 TOKENS = 8192
 LAYERS = 4
-RUNS = 10
 
 
 def layer(how: Attention, length: int, device: Any) -> jax.stages.Lowered:
@@ -48,7 +47,7 @@ def layer(how: Attention, length: int, device: Any) -> jax.stages.Lowered:
         jax.ShapeDtypeStruct((rows, length, *each, SPEC.head_dim), jnp.bfloat16, sharding=place)
         for each in heads
     ]
-    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place)
+    ids: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place)
 
     def loss(q: Any, k: Any, v: Any, places: Places) -> Any:
         return jnp.sum(attention(q, k, v, places, None, None, how))
@@ -79,17 +78,25 @@ def temporaries(lowered: jax.stages.Lowered, model: Any) -> int | None:
     return None if memory is None else memory.temp_size_in_bytes
 
 
-def run(length: int, kinds: list[str], platform: str) -> None:
-    """Prints each kind's error against the float32 formula (of output, q, k and v; relative, root mean square), and ms.
+LAYOUTS = {"one example": ((1, 1.0),), "packed": ((1, 1 / 2), (2, 3 / 8), (0, 1 / 8))}
+"""Of a row: (segment, share of its positions); 0 is padding."""
 
-    Rows are two examples and an eighth of padding. The first row alone is compared, all are timed.
+
+def run(
+    length: int, layout: str, kinds: list[str], platform: str, tokens: int, rounds: int
+) -> dict[str, Any]:
+    """Runs one layer's attention with its gradients over rows of so many tokens, each kind in turn.
+
+    Returns:
+        By kind: "seconds"; "errors" of output, q, k and v against the float32 formula (relative, root mean square),
+        of the first row alone.
     """
-    rng, rows = np.random.default_rng(0), TOKENS // length
+    rng, rows = np.random.default_rng(0), tokens // length
     heads = (SPEC.num_heads, SPEC.num_kv_heads, SPEC.num_kv_heads, SPEC.num_heads)
     wide = [jnp.asarray(rng.normal(size=(rows, length, n, SPEC.head_dim)), jnp.float32) for n in heads]
-    lengths = (length // 2, length * 3 // 8, length - length // 2 - length * 3 // 8)
-    ids = [np.concatenate([np.full(n, i) for i, n in zip((1, 2, 0), lengths, strict=True)])]
-    ids.append(np.concatenate([np.arange(n) for n in lengths]))
+    parts = [(segment, int(share * length)) for segment, share in LAYOUTS[layout]]
+    ids = [np.concatenate([np.full(n, segment) for segment, n in parts])]
+    ids.append(np.concatenate([np.arange(n) for _, n in parts]))
     segments, positions = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (rows, length)) for x in ids)
 
     def results(how: Attention, arrays: list[Any], places: Places) -> Any:
@@ -102,35 +109,59 @@ def run(length: int, kinds: list[str], platform: str) -> None:
         return out, *gradients
 
     compute = jax.jit(results, static_argnums=0)
-    first = Places(positions[:1], segments[:1])
+    first, places = Places(positions[:1], segments[:1]), Places(positions, segments)
     exact = compute(Attention("plain", platform), [x[:1] for x in wide], first)
     narrow = [x.astype(jnp.bfloat16) for x in wide]
-    for kind in kinds:
-        how = Attention(kind, platform)
-        found = compute(how, [x[:1] for x in narrow], first)
-        errors = [
+    hows = {kind: Attention(kind, platform) for kind in kinds}
+    errors = {
+        kind: [
             float(jnp.sqrt(jnp.mean((x.astype(jnp.float32) - y) ** 2) / jnp.mean(y**2)))
-            for x, y in zip(found, exact, strict=True)
+            for x, y in zip(compute(how, [x[:1] for x in narrow], first), exact, strict=True)
         ]
-        places = Places(positions, segments)
-        jax.block_until_ready(compute(how, narrow, places))
-        began = time.perf_counter()
-        for _ in range(RUNS):
-            found = compute(how, narrow, places)
-        jax.block_until_ready(found)
-        spent = (time.perf_counter() - began) / RUNS
-        print(f"{length} {kind}: {1e3 * spent:.2f} ms, errors {', '.join(f'{e:.5f}' for e in errors)}")
+        for kind, how in hows.items()
+    }
+    taken = timing.in_turn(
+        {
+            kind: partial(lambda how: jax.block_until_ready(compute(how, narrow, places)), how)
+            for kind, how in hows.items()
+        },
+        rounds,
+    )
+    return {kind: {"seconds": timing.spread(taken[kind]), "errors": errors[kind]} for kind in kinds}
+
+
+def run_all(kinds: list[str], platform: str, arguments: argparse.Namespace) -> None:
+    """Every length and layout; prints a table and writes it."""
+    tokens, lengths = (256, [64]) if arguments.toy else (TOKENS, arguments.lengths)
+    file, found = report.Report("attention", arguments), {}
+    for layout in LAYOUTS:
+        for length in lengths:
+            found.setdefault(layout, {})[str(length)] = run(
+                length, layout, kinds, platform, tokens, arguments.rounds
+            )
+    print(f"one layer with its gradients, {tokens:,} tokens at once, {report.device()}; milliseconds")
+    report.table(
+        ("", "row", *kinds),
+        [
+            (layout, length, *(timing.shown(one["seconds"], 2, 1e-3) for one in each.values()))
+            for layout, by_length in found.items()
+            for length, each in by_length.items()
+        ],
+    )
+    worst = {
+        kind: max(max(each[kind]["errors"]) for lengths in found.values() for each in lengths.values())
+        for kind in kinds
+    }
+    print("largest error: " + ", ".join(f"{kind} {error:.5f}" for kind, error in worst.items()))
+    file.write(report.device(), ("jax", "jaxlib", "flax"), found, suffix="-run", tokens=tokens)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = commands.parser(__doc__, rounds=10)
     parser.add_argument("--topology", help="of TPU chips, such as v5e:2x4; without it the devices at hand")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="of a row")
     parser.add_argument("--programs", nargs="+", choices=("layer", "step"), default=["layer", "step"])
     parser.add_argument("--run", action="store_true", help="run one layer instead, on the device at hand")
-    parser.add_argument("--out", type=Path, help="the JSON file")
     arguments = parser.parse_args()
     if arguments.topology:
         from jax.experimental import topologies
@@ -147,9 +178,8 @@ def main() -> None:
         for kind in ("plain", "blockwise", "splash", "cudnn")
         if Attention(kind, platform).refusal(SPEC.head_dim, jnp.bfloat16) is None
     ]
-    if arguments.run:
-        for length in arguments.lengths:
-            run(length, kinds, platform)
+    if arguments.run or arguments.toy:
+        run_all(kinds, platform, arguments)
         return
     on_one: Any = types.SimpleNamespace(mesh=make_mesh((1, 1, 1), [device]))
     found: dict[str, dict[str, dict[str, int | None]]] = {}
@@ -168,18 +198,14 @@ def main() -> None:
         for length, sizes in lengths.items():
             shown = [f"{size / 1e6:,.0f}" if size is not None else "does not fit" for size in sizes.values()]
             print(f"| {name} | {length} | {' | '.join(shown)} |")
-    out = arguments.out or Path(__file__).parent / "results" / f"attention-{platform}.json"
-    told = {
-        "command": f"python -m benchmarks.attention{' --topology ' + arguments.topology if arguments.topology else ''}"
+    told = report.facts(
+        f"python -m benchmarks.attention{' --topology ' + arguments.topology if arguments.topology else ''}"
         f" --lengths {' '.join(map(str, arguments.lengths))} --programs {' '.join(arguments.programs)}",
-        "device": device.device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
-        "tokens": TOKENS,
-        "temporaries": found,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(told, indent=2) + "\n")
-    print(f"written to {out}")
+        device.device_kind,
+        "jax", "jaxlib", "flax",
+    )  # fmt: skip
+    out = arguments.out or report.RESULTS / f"attention-{platform}.json"
+    report.write(out, told | {"tokens": TOKENS, "temporaries": found})
 
 
 if __name__ == "__main__":
