@@ -75,7 +75,8 @@ class Child:
 
     def _wait(self) -> int:
         """Its exit code, once it has ended."""
-        with contextlib.suppress(BrokenPipeError), self._process:  # closes the pipes; an order may be left in one
+        # Leaving it closes the pipes; an order may be left in one.
+        with contextlib.suppress(BrokenPipeError), self._process:
             pass
         return self._process.wait()
 
