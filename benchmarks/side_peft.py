@@ -21,7 +21,12 @@ def build(job: dict[str, Any]) -> Side:
     model = adapted(job, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    forward = torch.compile(model) if job["compile"] else model
+    forward = torch.compile(model) if job["compile"] == "whole" else model
+    if job["compile"] == "layers":
+        decoder: Any = model.get_base_model()
+        for layer in decoder.model.layers:
+            layer.compile()
+        decoder.loss_function = torch.compile(decoder.loss_function)
     batches = padded(job) if job["examples"] else filled(job)
 
     def run() -> int:

@@ -36,17 +36,17 @@ ON_GPU = Path("/dev/nvidiactl").exists()  # asking JAX would take a part of the 
 MOST_CONVERSATIONS = 2000
 
 
-def sides(arguments: Namespace) -> dict[str, tuple[str, bool]]:
-    """Name -> its child's module, and whether it compiles."""
-    found = {"jaxlora": ("benchmarks.side_jaxlora", False)}
+def sides(arguments: Namespace) -> dict[str, tuple[str, str]]:
+    """Name -> its child's module, and what of it torch compiles."""
+    found = {"jaxlora": ("benchmarks.side_jaxlora", "none")}
     missing = commands.absent(torch="torch==2.13.0", peft="peft")
     if missing:
         print(f"PEFT: {missing}", flush=True)
         return found
-    found["PEFT"] = ("benchmarks.side_peft", False)
+    found["PEFT"] = ("benchmarks.side_peft", "none")
     # Padded batches differ in length: compiled, each length would be compiled anew.
-    if arguments.compile and not arguments.conversations:
-        found["PEFT, compiled"] = ("benchmarks.side_peft", True)
+    if arguments.compile != "none" and not arguments.conversations:
+        found["PEFT, compiled"] = ("benchmarks.side_peft", arguments.compile)
     return found
 
 
@@ -228,7 +228,12 @@ def parse() -> Namespace:
         default=["full", "none"],
         help="whether layers are computed again in the backward pass, on both sides (full,none)",
     )
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
+    parser.add_argument(
+        "--compile",
+        choices=("layers", "whole", "none"),
+        default="layers",
+        help="what torch.compile is given: each layer and the loss, the whole model (minutes more), nothing (layers)",
+    )
     parser.add_argument(
         "--apart",
         action="store_true",
@@ -248,7 +253,7 @@ def parse() -> Namespace:
     if arguments.toy:
         arguments.shapes, arguments.rows, arguments.length, arguments.steps = ["toy"], 2, 64, 1
         arguments.dtypes, arguments.remat = arguments.dtypes[:1], arguments.remat[:1]
-        arguments.compile = False
+        arguments.compile = "none"
     return arguments
 
 
