@@ -78,6 +78,19 @@ def temporaries(lowered: jax.stages.Lowered, model: Any) -> int | None:
     return None if memory is None else memory.temp_size_in_bytes
 
 
+@partial(jax.jit, static_argnums=0)
+def compute(how: Attention, arrays: list[Any], places: Places) -> Any:
+    """Output and gradients of q, k and v; arrays are these and what the output is weighted with."""
+
+    def loss(q: Any, k: Any, v: Any) -> Any:
+        out = attention(q, k, v, places, None, None, how)
+        out = jnp.where((places.segments > 0)[:, :, None, None], out, 0.0)
+        return jnp.sum(out * arrays[3]), out
+
+    (_, out), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*arrays[:3])
+    return out, *gradients
+
+
 LAYOUTS = {"one example": ((1, 1.0),), "packed": ((1, 1 / 2), (2, 3 / 8), (0, 1 / 8))}
 """Of a row: (segment, share of its positions); 0 is padding."""
 
@@ -98,17 +111,6 @@ def run(
     ids = [np.concatenate([np.full(n, segment) for segment, n in parts])]
     ids.append(np.concatenate([np.arange(n) for _, n in parts]))
     segments, positions = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (rows, length)) for x in ids)
-
-    def results(how: Attention, arrays: list[Any], places: Places) -> Any:
-        def loss(q: Any, k: Any, v: Any) -> Any:
-            out = attention(q, k, v, places, None, None, how)
-            out = jnp.where((places.segments > 0)[:, :, None, None], out, 0.0)
-            return jnp.sum(out * arrays[3]), out
-
-        (_, out), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*arrays[:3])
-        return out, *gradients
-
-    compute = jax.jit(results, static_argnums=0)
     first, places = Places(positions[:1], segments[:1]), Places(positions, segments)
     exact = compute(Attention("plain", platform), [x[:1] for x in wide], first)
     narrow = [x.astype(jnp.bfloat16) for x in wide]
@@ -163,6 +165,11 @@ def main() -> None:
     parser.add_argument("--programs", nargs="+", choices=("layer", "step"), default=["layer", "step"])
     parser.add_argument("--run", action="store_true", help="run one layer instead, on the device at hand")
     arguments = parser.parse_args()
+    for length in arguments.lengths:
+        if length < 8 or TOKENS % length:
+            parser.error(
+                f"--lengths {length} must divide {TOKENS:,}, the tokens computed at once, and be 8 at least"
+            )
     if arguments.topology:
         from jax.experimental import topologies
 

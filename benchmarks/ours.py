@@ -1,6 +1,7 @@
 """Our train step over random weights, as a run compiles it, for the benchmarks that time or count it."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -54,7 +55,8 @@ class OurStep:
         spec: the base. rows, length: of a step's batch. dtype: of the base. remat: a policy of the decoder.
         attention: its kind.
     Attributes:
-        config, model, compiled: as a run has them. `compiled` is None where the step does not fit the device.
+        config, model, compiled: as a run has them. `compiled` is made when it is first asked for; it is None where the
+            step does not fit the device.
     """
 
     def __init__(
@@ -82,12 +84,14 @@ class OurStep:
         how = Attention(attention, attention_platform(device))
         decoder = Decoder(spec, remat=remat, dtype=jnp.dtype(dtype), attention=how)
         self.model = Model(None, spec, decoder, make_mesh((1, 1, 1), [device]))  # type: ignore[arg-type]
-        shapes = programs.state_shapes(self.config, self.model, self._steps)
-        (self.compiled,) = programs.compile_all(
-            self.model, [programs.lower_train(self.config, self.model, shapes)]
-        )
 
     _steps = 10_000  # of the schedule; more than any benchmark does
+
+    @cached_property
+    def compiled(self) -> Any:
+        shapes = programs.state_shapes(self.config, self.model, self._steps)
+        (made,) = programs.compile_all(self.model, [programs.lower_train(self.config, self.model, shapes)])
+        return made
 
     def put(self, batch: dict[str, np.ndarray]) -> Any:
         """A host batch on the device, as a run puts it there."""
