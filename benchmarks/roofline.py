@@ -7,9 +7,10 @@ Ceilings, in turn: products of a square of 4,096 and of the step's own shapes (i
 with operands in the step's dtype and float32 results; and a copy of 256 MB, whose bytes are read and written.
 
 The step: FLOPs of its matrix products by `jaxlora.models.flops`, which a test holds to be those of the traced step; and
-bytes that its instructions read and write, from the compiled program's text, each loop's as often as it turns. Two
-shares of the matmul ceiling (the highest that was measured): of all that is computed; and MFU, of 4 x base parameters x
-tokens and what attention and the adapter need, without credit for what the backward pass computes a second time.
+bytes that its instructions read and write, from the compiled program's text, each loop's as often as it turns, with the
+instructions that move most. Two shares of the matmul ceiling (the highest that was measured): of all that is computed;
+and MFU, of 4 x base parameters x tokens and what attention and the adapter need, without credit for what the backward
+pass computes a second time.
 """
 
 from argparse import Namespace
@@ -31,6 +32,7 @@ from jaxlora.models.spec import DecoderSpec
 
 COPIED = 256 * 10**6
 SQUARE = 4096
+LARGEST = 8  # of the instructions by bytes, told
 
 
 def ceilings(shape: DecoderSpec, tokens: int, dtype: str, arguments: Namespace) -> dict[str, Any]:
@@ -79,13 +81,15 @@ def measure(name: str, remat: str, arguments: Namespace) -> dict[str, Any]:
         {"step": lambda: jax.block_until_ready(step(batch))}, arguments.rounds
     ).values()
     counted = flops.training(shape, programs.lora_spec(ours.config).ranks, rows, length, remat)
-    read, memory = moved(ours.compiled.as_text() or ""), ours.compiled.memory_analysis()
+    by_name, memory = moved(ours.compiled.as_text() or ""), ours.compiled.memory_analysis()
+    read = sum(by_name.values())
     ceiling = max(each["median"] for each in found["products"].values())
     return found | {
         "seconds": timing.spread(seconds),
         "tokens_per_second": timing.spread(rows * length / each for each in seconds),
         "flops": {**counted._asdict(), "total": counted.total, "model": counted.model},
         "bytes": read,
+        "bytes_by_instruction": dict(list(by_name.items())[:LARGEST]),
         "temporaries": memory.temp_size_in_bytes if memory else None,
         "least_seconds": {"products": counted.total / ceiling, "bytes": read / found["copy"]["median"]},
         "share_computed": timing.spread(counted.total / each / ceiling for each in seconds),
@@ -107,7 +111,8 @@ def tell(title: str, found: Mapping[str, Any]) -> None:
         ("tokens/s", timing.shown(found["tokens_per_second"], 0), ""),
         ("its products", f"{found['flops']['total'] / 1e9:,.1f}", "GFLOP"),
         ("of them computed twice", f"{found['flops']['again'] / found['flops']['total']:.0%}", ""),
-        ("bytes that its instructions name", f"{found['bytes'] / 1e9:,.2f}", "GB"),
+        ("bytes that its instructions name", f"{found['bytes'] / 1e6:,.1f}", "MB"),
+        *((f"  {name}", f"{each / 1e6:,.1f}", "MB") for name, each in found["bytes_by_instruction"].items()),
         ("at the matmul ceiling it would take", f"{1e3 * found['least_seconds']['products']:,.1f}", "ms"),
         ("at the copy ceiling", f"{1e3 * found['least_seconds']['bytes']:,.1f}", "ms"),
         ("share of the ceiling, all that is computed", timing.shown(found["share_computed"], 1, 0.01), "%"),

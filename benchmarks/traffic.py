@@ -5,6 +5,7 @@ XLA's own count takes the body of a loop once, however often it turns, so the pr
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -42,26 +43,26 @@ class _Instruction(NamedTuple):
     number: int
 
 
-def moved(text: str) -> float:
-    """Bytes read and written in one run of a program, those of a loop as often as it turns.
+def moved(text: str) -> dict[str, float]:
+    """Bytes read and written in one run of a program, those of a loop as often as it turns; most first.
 
     An instruction is counted with all that it hands out and is given; of what is only sliced, or of a large array that
     is changed in its place, with the part. Of a conditional all branches are counted.
 
     Args:
         text: `compiled.as_text()`.
+    Returns:
+        By the instructions' names without their numbers, which say what was fused: "add_convert_fusion".
     """
     entry, lines = computations(text)
     bodies = {name: [found for line in body if (found := _read(line))] for name, body in lines.items()}
     fused = {one.inner for body in bodies.values() for one in body if one.inner and one.kind != "call"}
-    return float(
-        sum(
-            times
-            * sum(_of(one, {other.name: other for other in bodies[name]}, bodies) for one in bodies[name])
-            for name, (times, _) in runs(entry, lines).items()
-            if name not in fused
-        )
-    )
+    sums: dict[str, float] = defaultdict(float)
+    for name, (times, _) in runs(entry, lines).items():
+        given = {one.name: one for one in bodies[name]}
+        for one in bodies[name] if name not in fused else ():
+            sums[re.sub(r"[.\d]+$", "", one.name)] += times * _of(one, given, bodies)
+    return dict(sorted(sums.items(), key=lambda pair: -pair[1]))
 
 
 def _read(line: str) -> _Instruction | None:
