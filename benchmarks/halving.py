@@ -13,7 +13,7 @@ benchmarks/results/halving-cpu.json.
 import argparse
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,8 @@ def halved(folder: Path, trials: tuple[Trial, ...], halving: Halving) -> tuple[d
     return out, min(best, key=lambda name: best[name])
 
 
-def seeds(count: int, folder: Path) -> list[dict[str, Any]]:
+def seeds(count: int, folder: Path) -> Iterator[dict[str, Any]]:
     """The winner of each seed, of both."""
-    found = []
     for seed in range(count):
         here = folder / f"seed{seed}"
         timed("sweep", [*_sweep(here), "--config.sweep.halving.rungs=", f"--config.base.seed={seed}"])
@@ -70,25 +69,22 @@ def seeds(count: int, folder: Path) -> list[dict[str, Any]]:
         winner, *others = ranking(here, sweep.trials)
         place = {each.trial.name: each for each in (winner, *others)}[halved_winner]
         kept = [trial.name for trial in sweep.trials if trial.name not in dropped]
-        found.append(
-            {
-                "seed": seed,
-                "winner": winner.trial.name,
-                "nll": winner.nll,
-                "winner_of_halving": halved_winner,
-                "nll_of_halving": place.nll,
-                "tied": place is winner or place.tied,
-                "dropped": dropped,
-                "to_the_end": kept,
-            }
-        )
         same = "the same" if place is winner else f"{halved_winner} ({place.nll:.4f})"
         told = "all go on" if not dropped else f"to the end go {', '.join(kept)}"
         print(
             f"seed {seed}: {winner.trial.name} ({winner.nll:.4f}) wins; with halving {same}; {told}",
             flush=True,
         )
-    return found
+        yield {
+            "seed": seed,
+            "winner": winner.trial.name,
+            "nll": winner.nll,
+            "winner_of_halving": halved_winner,
+            "nll_of_halving": place.nll,
+            "tied": place is winner or place.tied,
+            "dropped": dropped,
+            "to_the_end": kept,
+        }
 
 
 def times(folder: Path) -> dict[str, Any]:
@@ -142,12 +138,19 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
-        found: Mapping[str, Any] | list[Any] = (
-            times(folder) if arguments.only == "time" else seeds(arguments.seeds, folder)
-        )
-    command = f"python -m benchmarks.halving --only {arguments.only}"
+        if arguments.only == "time":
+            _keep("time", times(folder))
+            return
+        found = []
+        for one in seeds(arguments.seeds, folder):  # an hour and more: what is known is written at once
+            found.append(one)
+            _keep("seeds", found)
+
+
+def _keep(part: str, found: Any) -> None:
+    command = f"python -m benchmarks.halving --only {part}"
     told = facts(command, f"cpu, {os.cpu_count()} cores", "jax", "jaxlib", "flax") | {"results": found}
-    keep(RESULTS / "halving-cpu.json", {arguments.only: told})
+    keep(RESULTS / "halving-cpu.json", {part: told})
 
 
 if __name__ == "__main__":
