@@ -157,6 +157,7 @@ def _config(chosen: Chosen, arguments: Namespace) -> Config:
             path=chosen.model,
             revision=chosen.revision,
             dtype=chosen.dtype,
+            quantize=chosen.quantize,
             attention=attention,
         ),
         data=replace(
@@ -325,6 +326,7 @@ def _print_json(chosen: Chosen, config: Config, data: "HeldOut", scored: Sequenc
         "model": chosen.model,
         "revision": chosen.revision,
         "dtype": config.model.dtype,
+        "quantize": config.model.quantize,
         "run": chosen.run.path if chosen.run else None,
         "step": chosen.step,
         **({"averaged": chosen.averaged} if chosen.averaged else {}),
@@ -360,7 +362,7 @@ def _print_table(
     examples, devices = data.eval.examples, model.mesh.devices
     mesh = ", ".join(f"{axis} {size}" for axis, size in model.mesh.shape.items())
     facts = [
-        ("scored", f"{chosen.description} ({config.model.dtype})"),
+        ("scored", f"{chosen.description} ({config.model.kept})"),
         ("on", ", ".join(part.name for part in data.eval_source.parts)),
         (
             "examples",

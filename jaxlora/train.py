@@ -262,7 +262,7 @@ def _tell_plan(
         ("run folder", path),
         (
             "model",
-            f"{config.model.path} ({model.spec.model_type}, {frozen / 1e6:,.1f} M parameters, {config.model.dtype})",
+            f"{config.model.path} ({model.spec.model_type}, {frozen / 1e6:,.1f} M parameters, {config.model.kept})",
         ),
         (
             "adapter",

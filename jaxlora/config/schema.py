@@ -49,6 +49,11 @@ class ModelConfig(Section):
     path: str = setting(keys.REQUIRED, "Hugging Face id or local folder of the base", keys.FILLED)
     revision: str = setting("", "branch, tag or commit on the hub; '' is its main branch", keys.TEXT)
     dtype: str = setting("bfloat16", "dtype of the frozen base", keys.one_of("bfloat16", "float32"))
+    quantize: str = setting(
+        "none",
+        "the base's kernels in 8 or 4 bits instead (docs/quantised.md)",
+        keys.one_of("none", "int8", "nf4"),
+    )
     remat: str = setting(
         "full",
         "what the backward pass computes again (docs/attention.md); 'auto' is the fastest that fits",
@@ -59,6 +64,11 @@ class ModelConfig(Section):
         "how attention is computed; 'auto' goes by platform and length",
         keys.one_of("auto", "plain", "blockwise", "splash", "cudnn"),
     )
+
+    @property
+    def kept(self) -> str:
+        """How the base is kept, for a person: "bfloat16", or "nf4 and bfloat16"."""
+        return self.dtype if self.quantize == "none" else f"{self.quantize} and {self.dtype}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxlora.core.quantised import Quantised, plain
 
-def contract(equation: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+
+def contract(
+    equation: str, x: Float[Array, "..."], y: Float[Array, "..."] | Quantised
+) -> Float[Array, "..."]:
     """`einsum(equation, x, y)` with operands in x's dtype and a float32 result.
 
     Args:
@@ -21,11 +25,12 @@ def contract(equation: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> F
             terms, so that each gradient is the einsum of the other two.
         x: first operand; its dtype is the one multiplied in.
         y: second operand, cast to x's dtype for the product. Its gradient comes back in its own dtype: a float32
-            adapter under bfloat16 activations keeps a gradient that was summed and stored in float32.
+            adapter under bfloat16 activations keeps a gradient that was summed and stored in float32. A quantised one
+            is frozen, of x's dtype, and dequantised anew for every product, forward and backward.
     Returns:
         float32, shaped as the equation says.
     """
-    return _contract(equation, x, y)
+    return _contract_quantised(equation, x, y) if isinstance(y, Quantised) else _contract(equation, x, y)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -39,8 +44,7 @@ def _forward(equation, x, y):
 
 def _backward(equation, operands, cotangent):
     x, y = operands
-    inputs, out = equation.split("->")
-    x_term, y_term = inputs.split(",")
+    x_term, y_term, out = _terms(equation)
     cotangent = cotangent.astype(x.dtype)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     dx = product(f"{out},{y_term}->{x_term}", cotangent, y.astype(x.dtype))
@@ -49,3 +53,30 @@ def _backward(equation, operands, cotangent):
 
 
 _contract.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _contract_quantised(equation, x, y):
+    return _contract(equation, x, plain(y))
+
+
+def _forward_quantised(equation, x, y):
+    # What is kept is the quantised kernel, which lives anyway: the array would be the whole base, layer by layer.
+    return _contract_quantised(equation, x, y), y
+
+
+def _backward_quantised(equation, y, cotangent):
+    x_term, y_term, out = _terms(equation)
+    cotangent = cotangent.astype(y.dtype)
+    dx = jnp.einsum(f"{out},{y_term}->{x_term}", cotangent, plain(y), preferred_element_type=jnp.float32)
+    return dx.astype(y.dtype), None
+
+
+_contract_quantised.defvjp(_forward_quantised, _backward_quantised)
+
+
+def _terms(equation: str) -> tuple[str, str, str]:
+    """The terms of "NI,IO->NO": NI, IO and NO."""
+    inputs, out = equation.split("->")
+    x_term, y_term = inputs.split(",")
+    return x_term, y_term, out

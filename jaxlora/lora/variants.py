@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxlora.core.prng import named
 from jaxlora.core.products import contract
+from jaxlora.core.quantised import Quantised, plain
 from jaxlora.core.tree import Path, leaves, map_leaves, unflatten
 from jaxlora.lora.spec import LoraSpec
 from jaxlora.lora.tree import Factor, adapted_kernels, init, modules, scale
@@ -120,10 +121,8 @@ def column_norms(
     adapted = {path: parts for path, parts in modules(scaled).items() if "m" in parts}
     kernels = adapted_kernels(base, {path[-1] for path in adapted})
 
-    def layer(
-        inputs: tuple[jax.Array, ...],
-    ) -> jax.Array:  # one at a time: all kernels in float32 would be twice the base
-        kernel, a, b = inputs
+    def layer(inputs: tuple[Any, ...]) -> jax.Array:  # one at a time: in float32, all would be twice the base
+        kernel, a, b = plain(inputs[0]), *inputs[1:]
         gram = jnp.einsum("IR,IP->RP", a, a, precision=jax.lax.Precision.HIGHEST)
         inner = 2 * contract("IO,IR->RO", kernel, a)
         inner += jnp.einsum("RP,PO->RO", gram, b, precision=jax.lax.Precision.HIGHEST)
@@ -135,9 +134,9 @@ def column_norms(
     }
 
 
-def _squares(kernel: jax.Array) -> jax.Array:
+def _squares(kernel: jax.Array | Quantised) -> jax.Array:
     """||W||^2 over the inputs of each output: [I, O] -> [O]."""
-    return jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=0)
+    return jnp.sum(jnp.square(plain(kernel).astype(jnp.float32)), axis=0)
 
 
 # ---- PiSSA ---------------------------------------------------------------------------------------------------------
@@ -162,9 +161,9 @@ def principal(
         rank, factor = spec.ranks[path[-1]], spec.scales[path[-1]]
 
         def layer(
-            inputs: tuple[jax.Array, jax.Array], rank=rank, factor=factor
+            inputs: tuple[jax.Array | Quantised, jax.Array], rank=rank, factor=factor
         ) -> tuple[jax.Array, jax.Array]:
-            matrix, layer_key = inputs[0].astype(jnp.float32), inputs[1]
+            matrix, layer_key = plain(inputs[0]).astype(jnp.float32), inputs[1]
             left, values, right = _svd(matrix, rank, layer_key, rounds)
             root = jnp.sqrt(values / factor)
             return left * root[None, :], root[:, None] * right

@@ -2,7 +2,8 @@
 
 `Decoder(spec).apply({"params": base, "lora": adapter}, tokens, positions, segments)` takes two plain nested dicts and
 returns hidden states. A projection whose path has leaves `a` and `b` in the "lora" collection adds `(x a) b` to its
-product, and multiplies by `gain` where there is one; scale, rank and targets are nobody's business here. With a
+product, and multiplies by `gain` where there is one; scale, rank and targets are nobody's business here. A kernel may
+be `Quantised`, and is then dequantised inside the scan, for one product at a time. With a
 "cache" collection the same call attends to keys and values of earlier tokens too, and leaves those of the new ones in
 "written".
 
@@ -20,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlora.core.products import contract
+from jaxlora.core.quantised import Quantised
 from jaxlora.models.attention import Attention, attention, rotate
 from jaxlora.models.places import Places
 from jaxlora.models.spec import DecoderSpec
@@ -57,7 +59,9 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T I"], lora_dropout: Dropout | None) -> Float[Array, "B T O"]:
-        kernel = self.param("kernel", _kernel_init, (x.shape[-1], self.features), self.dtype)
+        kernel: Any = self.get_variable("params", "kernel")
+        if not isinstance(kernel, Quantised):  # whose arrays are not of the shape that is checked here
+            kernel = self.param("kernel", _kernel_init, (x.shape[-1], self.features), self.dtype)
         y = contract("BTI,IO->BTO", x, kernel)
         if self.has_variable("lora", "a"):
             a: Any = self.get_variable("lora", "a")

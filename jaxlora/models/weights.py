@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.core.errors import InputError
+from jaxlora.core.quantised import KINDS, Quantised, like, quantise
 from jaxlora.core.tree import Path as TreePath
 from jaxlora.core.tree import unflatten
 from jaxlora.models.spec import DecoderSpec
@@ -31,7 +32,8 @@ _WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
 _READERS = 4  # threads: enough to hide a network disk's latency; the page cache is saturated by two
 
 Place = Callable[[str, tuple[int, ...], Any], jax.sharding.Sharding | None]
-"""(path joined by "/", shape, dtype) -> where that leaf lives; None for the default device."""
+"""(path joined by "/", shape, dtype) -> where that leaf lives; None for the default device. A quantised kernel is asked
+for by its own shape, and placed in whole blocks."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,22 @@ def param_shapes(spec: DecoderSpec) -> dict[TreePath, tuple[int, ...]]:
     return {path: stored.shape for path, stored in tensor_table(spec).items()}
 
 
+def param_likes(spec: DecoderSpec, dtype: Any, quantize: str = "none") -> dict[TreePath, Any]:
+    """Every leaf of the base parameters, by path, as a `jax.ShapeDtypeStruct` or a `Quantised` of two.
+
+    Args:
+        spec: of the base.
+        dtype: of all leaves, or of what the quantised ones stand for.
+        quantize: "none", or one of `KINDS` for all kernels; embeddings, head, norms and biases stay as they are.
+    """
+    return {path: _like(path, shape, dtype, quantize) for path, shape in param_shapes(spec).items()}
+
+
+def _like(path: TreePath, shape: tuple[int, ...], dtype: Any, quantize: str) -> Any:
+    quantised = quantize in KINDS and path[-1] == "kernel"
+    return like(shape, dtype, quantize) if quantised else jax.ShapeDtypeStruct(shape, dtype)
+
+
 def resolve_model(path: str, revision: str = "", *, weights: bool = True) -> ModelFiles:
     """Finds a model's folder: a local one, or one from the Hugging Face hub, downloaded as far as it is not cached.
 
@@ -161,11 +179,13 @@ def load_params(
     dtype: Any = "bfloat16",
     place: Place | None = None,
     progress: Callable[[int, int], None] | None = None,
+    quantize: str = "none",
 ) -> dict[str, Any]:
     """Reads the base parameters; each device's part of each leaf is put together from slices of the stored tensors.
 
     On the host there is at no time more than one part of one leaf (and the tensors that the readers hold) beside what
-    has been placed; on a CPU the placed array is the very memory that was read into.
+    has been placed; on a CPU the placed array is the very memory that was read into. A kernel is quantised as it is
+    read, one layer's part at a time, so that part of a leaf is as small as what is placed.
 
     Args:
         files: from `resolve_model`.
@@ -173,8 +193,9 @@ def load_params(
         dtype: of all leaves; stored float64, float32, float16 and bfloat16 are converted, rounding to nearest even.
         place: gives each leaf's sharding; without it, or where it gives None, the default device.
         progress: called with (bytes placed so far, bytes in all) on this process.
+        quantize: "none", or what the kernels become (see `param_likes`).
     Returns:
-        The nested dict described in `tensor_table`, of arrays.
+        The nested dict described in `tensor_table`, of arrays, and `Quantised` pairs of them.
     Raises:
         InputError: a file is missing, cut short or not safetensors, or the tensors are not those of the spec.
     """
@@ -183,8 +204,12 @@ def load_params(
     plans = {}
     for path, stored in table.items():
         sharding = (place and place("/".join(path), stored.shape, dtype)) or default
-        plans[path] = stored, sharding, _parts(sharding, stored.shape)
-    total = sum(_size(part) for _, _, parts in plans.values() for part in parts) * dtype.itemsize
+        parts = {
+            part: (_like(path, tuple(stop - start for start, stop in part), dtype, quantize), devices)
+            for part, devices in _parts(sharding, stored.shape).items()
+        }
+        plans[path] = stored, sharding, parts
+    total = sum(_size(each) for _, _, parts in plans.values() for each, _ in parts.values())
     done = 0
     params = {}
     with Tensors(files.folder) as tensors, ThreadPoolExecutor(_READERS) as pool:
@@ -192,9 +217,9 @@ def load_params(
         tensors.check(expected, spec.tie_word_embeddings)
         for path, (stored, sharding, parts) in plans.items():
             arrays = {}
-            for part, devices in parts.items():
-                host = _empty(tuple(stop - start for start, stop in part), dtype)
-                for read in pool.map(lambda copy: copy(), _copies(tensors, stored, part, host)):
+            for part, (of_part, devices) in parts.items():
+                host = jax.tree.map(lambda x: _empty(x.shape, x.dtype), of_part)
+                for read in pool.map(lambda copy: copy(), _copies(tensors, stored, part, host, quantize)):
                     done += read
                     if progress:
                         progress(done, total)
@@ -202,8 +227,12 @@ def load_params(
                 arrays |= {device: jax.block_until_ready(jax.device_put(host, device)) for device in devices}
                 del host
             order = sharding.addressable_devices_indices_map(stored.shape)
-            params[path] = jax.make_array_from_single_device_arrays(
-                stored.shape, sharding, [arrays[device] for device in order]
+            params[path] = jax.tree.map(
+                lambda x, *shards, sharding=sharding: jax.make_array_from_single_device_arrays(
+                    x.shape, sharding, list(shards)
+                ),
+                _like(path, stored.shape, dtype, quantize),
+                *[arrays[device] for device in order],
             )
     return unflatten(params)
 
@@ -219,8 +248,9 @@ def _parts(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[Part
     return parts
 
 
-def _size(part: Part) -> int:
-    return int(np.prod([stop - start for start, stop in part]))
+def _size(leaf: Any) -> int:
+    """Bytes of an array or its shape, or of those that a quantised kernel is made of."""
+    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(leaf))
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -231,20 +261,27 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[offset : offset + size].view(dtype).reshape(shape)
 
 
-def _copies(tensors: Tensors, stored: Stored, part: Part, out: np.ndarray) -> Iterator[Callable[[], int]]:
+def _copies(
+    tensors: Tensors, stored: Stored, part: Part, out: np.ndarray | Quantised, quantize: str
+) -> Iterator[Callable[[], int]]:
     """The pieces of work that fill one part of a leaf, each returning the bytes that it wrote."""
 
-    def copy(name: str, rows: Part, target: np.ndarray) -> Callable[[], int]:
+    def copy(name: str, rows: Part, target: np.ndarray | Quantised) -> Callable[[], int]:
         def run() -> int:
             tensor = tensors.read(name, rows[::-1] if stored.transposed else rows)
-            target[...] = tensor.T if stored.transposed else tensor
-            return target.nbytes
+            ours = tensor.T if stored.transposed else tensor
+            if isinstance(target, Quantised):
+                found = quantise(ours.astype(target.dtype, copy=False), quantize)
+                target.values[...], target.scales[...] = found.values, found.scales
+            else:
+                target[...] = ours
+            return _size(target)
 
         return run
 
     if stored.stacked:
         for row, layer in enumerate(range(*part[0])):
-            yield copy(stored.names[layer], part[1:], out[row])
+            yield copy(stored.names[layer], part[1:], jax.tree.map(lambda x, row=row: x[row], out))
     else:
         yield copy(stored.name, part, out)
 

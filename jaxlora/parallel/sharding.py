@@ -57,18 +57,22 @@ def partition(path: Path) -> PartitionSpec:
     return PartitionSpec(*axes[leaf])
 
 
-def parameter_sharding(mesh: Mesh, path: Path, shape: tuple[int, ...]) -> NamedSharding:
-    """The placement of one parameter.
+def parameter_sharding(mesh: Mesh, path: Path, shape: tuple[int, ...], block: int = 1) -> NamedSharding:
+    """The placement of one parameter; of a quantised kernel, that of its values and of its scales.
 
+    Args:
+        block: inputs of a kernel that stay together.
     Raises:
         InputError: a dimension does not divide over its mesh axis; says which, and what would.
     """
     spec = partition(path)
-    for size, axis in zip(shape, spec, strict=False):
-        if axis is not None and size % mesh.shape[axis]:
-            fits = [n for n in range(1, mesh.size + 1) if size % n == 0]
+    for dimension, (size, axis) in enumerate(zip(shape, spec, strict=False)):
+        together = block if dimension == len(shape) - 2 else 1
+        if axis is not None and size // together % mesh.shape[axis]:
+            fits = [n for n in range(1, mesh.size + 1) if size // together % n == 0]
+            counted = f"its {size}" + (f" in blocks of {together}" if together > 1 else "")
             raise InputError(
-                f"mesh.{axis} = {mesh.shape[axis]} does not divide {'/'.join(path)} {list(shape)} (its {size}); "
+                f"mesh.{axis} = {mesh.shape[axis]} does not divide {'/'.join(path)} {list(shape)} ({counted}); "
                 f"mesh.{axis} may be {', '.join(map(str, fits))}."
             )
     return NamedSharding(mesh, spec)

@@ -30,6 +30,7 @@ CASES = {
     "model.path": ("folder", ["", " ", 3]),
     "model.revision": ("v1", [1]),
     "model.dtype": ("float32", ["float16", "", None]),
+    "model.quantize": ("nf4", ["int4", "", None]),
     "model.remat": ("auto", ["some", True]),
     "model.attention": ("splash", ["flash", True]),
     "lora.rank": (1, [0, -1, 2.0, "8", True]),

@@ -24,7 +24,7 @@ class Chosen:
     """A base, and the adapter to put on it.
 
     Attributes:
-        model, revision, dtype: the base, as in a config's `model`.
+        model, revision, dtype, quantize: the base, as in a config's `model`.
         description: of both, for a person.
         run, config: where it came from, if from a run.
         folder: the adapter as a PEFT folder, if it is one.
@@ -35,6 +35,7 @@ class Chosen:
     model: str
     revision: str
     dtype: str
+    quantize: str
     description: str
     run: RunDirectory | None = None
     config: Config | None = None
@@ -44,7 +45,8 @@ class Chosen:
 
 
 def add_arguments(parser: CommandParser, dtype: bool = True) -> None:
-    """Gives a command --run, --step, --average-best, --adapter, --model and, where the base is computed, --dtype."""
+    """Gives a command --run, --step, --average-best, --adapter, --model and, where the base is computed, --dtype and
+    --quantize."""
     parser.add_argument("--run", type=Path, help="a run's folder: its base, with its adapter")
     parser.add_argument("--step", help="with --run: best, last, or the number of a kept step (best)")
     parser.add_argument(
@@ -56,10 +58,15 @@ def add_arguments(parser: CommandParser, dtype: bool = True) -> None:
     parser.add_argument("--adapter", type=Path, help="a PEFT adapter folder; its base is the one it names")
     parser.add_argument("--model", help="a base: Hugging Face id or local folder, bare or for --adapter")
     if not dtype:
-        parser.set_defaults(dtype=None)
+        parser.set_defaults(dtype=None, quantize=None)
         return
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="of the base (a run's own, or bfloat16)"
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=("none", "int8", "nf4"),
+        help="the base's kernels in 8 or 4 bits (as a run had them, or none)",
     )
 
 
@@ -76,18 +83,18 @@ def choose(arguments: Namespace) -> Chosen:
                     f"--{name} does not go with --run, which has its own: leave one of them out."
                 )
         if arguments.average_best is None:
-            return _of_run(arguments.run, arguments.step or "best", arguments.dtype)
+            return _of_run(arguments.run, arguments.step or "best", arguments)
         if arguments.step is not None:
             raise InputError("--step does not go with --average-best: leave one of them out.")
-        return _average_of_run(arguments.run, arguments.average_best, arguments.dtype)
+        return _average_of_run(arguments.run, arguments.average_best, arguments)
     for option, value in (("--step", arguments.step), ("--average-best", arguments.average_best)):
         if value is not None:
             raise InputError(f"{option} goes with --run: leave it out, or name the run.")
     if arguments.adapter is None and arguments.model is None:
         raise InputError("name what is meant: --run FOLDER, --adapter FOLDER or --model FOLDER_OR_ID.")
-    dtype = arguments.dtype or "bfloat16"
+    computed = (arguments.dtype or "bfloat16", arguments.quantize or "none")
     if arguments.adapter is None:
-        return Chosen(arguments.model, "", dtype, arguments.model)
+        return Chosen(arguments.model, "", *computed, arguments.model)
     from jaxlora.lora.peft import read_config
 
     config = read_config(arguments.adapter)
@@ -95,13 +102,20 @@ def choose(arguments: Namespace) -> Chosen:
     if not model:
         raise InputError(f"the adapter in {arguments.adapter} does not name its base: give it as --model.")
     revision = "" if arguments.model else config.get("revision") or ""
-    return Chosen(model, revision, dtype, f"{model} with {arguments.adapter}", folder=arguments.adapter)
+    return Chosen(model, revision, *computed, f"{model} with {arguments.adapter}", folder=arguments.adapter)
 
 
-def _of_run(path: Path, step: str, dtype: str | None) -> Chosen:
+def _base_of_run(run: RunDirectory, config: Config, arguments: Namespace) -> tuple[str, str, str, str]:
+    """Path, revision, dtype and quantisation of a run's base, the last two as the arguments have them."""
+    own = config.model
+    dtype, quantize = arguments.dtype or own.dtype, arguments.quantize or own.quantize
+    return own.path, _trained_revision(run, config), dtype, quantize
+
+
+def _of_run(path: Path, step: str, arguments: Namespace) -> Chosen:
     run = RunDirectory.read(path)
     config, record = Config.from_dict(run.config), run.record
-    of_base = (config.model.path, _trained_revision(run, config), dtype or config.model.dtype)
+    of_base = _base_of_run(run, config, arguments)
     if step not in ("best", "last"):
         if not step.isdecimal():
             raise InputError(f"--step {step}: it is best, last, or the number of a kept step.")
@@ -126,7 +140,7 @@ def _of_run(path: Path, step: str, dtype: str | None) -> Chosen:
     return Chosen(*of_base, told, run, config, folder, at.get("step"))
 
 
-def _average_of_run(path: Path, count: int, dtype: str | None) -> Chosen:
+def _average_of_run(path: Path, count: int, arguments: Namespace) -> Chosen:
     run = RunDirectory.read(path)
     config = Config.from_dict(run.config)
     bests = [int(best["step"]) for best in run.record.get("bests") or ()]
@@ -143,15 +157,7 @@ def _average_of_run(path: Path, count: int, dtype: str | None) -> Chosen:
     told = (
         f"{config.model.path} with the mean of the adapters of {path} at steps {', '.join(map(str, steps))}"
     )
-    return Chosen(
-        config.model.path,
-        _trained_revision(run, config),
-        dtype or config.model.dtype,
-        told,
-        run,
-        config,
-        averaged=steps,
-    )
+    return Chosen(*_base_of_run(run, config, arguments), told, run, config, averaged=steps)
 
 
 def _trained_revision(run: RunDirectory, config: Config) -> str:

@@ -122,7 +122,8 @@ def averaged(chosen: Chosen, config: Config, devices: Sequence[Any], progress: P
         InputError: base, data or a checkpoint are gone, or the evaluation does not fit.
     """
     mesh = fitting_mesh(config.mesh, config.eval.batch_size, devices, progress.say)
-    model = inputs.find(ModelConfig(chosen.model, chosen.revision, chosen.dtype, config.model.remat), mesh)
+    of_base = (chosen.model, chosen.revision, chosen.dtype, chosen.quantize)
+    model = inputs.find(ModelConfig(*of_base, config.model.remat), mesh)
     inputs.check_rows("eval.batch_size", config.eval.batch_size, mesh)
     read = load(chosen, model)
     if read is None:

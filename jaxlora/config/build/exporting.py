@@ -25,6 +25,12 @@ def base(chosen: Chosen, weights: bool) -> tuple[ModelFiles, DecoderSpec]:
     """
     adapter = chosen.folder or (chosen.run.best if chosen.run else "FOLDER")
     elsewhere = f"name another copy: --adapter {adapter} --model FOLDER_OR_ID"
+    if weights and chosen.quantize != "none":
+        raise InputError(
+            f"{chosen.description} was trained over kernels in {chosen.quantize} (model.quantize): it does not fit "
+            "others as well.\nExport the adapter with --to peft; to merge it all the same into the base as published, "
+            "name that folder: --to merged --adapter FOLDER."
+        )
     try:
         files = resolve_model(chosen.model, chosen.revision, weights=weights)
     except InputError as error:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlora.config.build.inputs import Model
+from jaxlora.config.build.inputs import Model, check_blocks
 from jaxlora.core.compilation import compiler_options
+from jaxlora.core.quantised import block_of
 from jaxlora.lora import variants
 from jaxlora.lora.spec import LoraSpec
 from jaxlora.models.decoder import Decoder
@@ -20,25 +21,29 @@ from jaxlora.parallel.mesh import make_mesh
 from jaxlora.parallel.rows import placed
 
 
-def answering_model(path: str, revision: str, dtype: str) -> Model:
+def answering_model(path: str, revision: str, dtype: str, quantize: str = "none") -> Model:
     """Finds a base for one conversation at a time; loads no weights.
 
     There are no rows to share out, so devices share every matrix product, as many as divide the key heads.
 
     Args:
-        path, revision, dtype: as in the config's `model`.
+        path, revision, dtype, quantize: as in the config's `model`.
     Raises:
         InputError: no such model, or one that the decoder cannot compute.
     """
     files = resolve_model(path, revision)
     spec = DecoderSpec.from_hf(files.config)
+    check_blocks(quantize, spec)
     devices = jax.devices()
-    shared = (spec.num_kv_heads, spec.intermediate_size, spec.vocab_size)
+    shared = [spec.num_kv_heads, spec.intermediate_size, spec.vocab_size]
+    if quantize != "none":
+        cut = (spec.num_heads * spec.head_dim, spec.intermediate_size)  # the inputs of o_proj and down_proj
+        shared += [inputs // block_of(inputs) for inputs in cut]
     count = max(n for n in range(1, len(devices) + 1) if not any(size % n for size in shared))
     mesh = make_mesh((1, 1, count), devices[:count])
     everywhere = NamedSharding(mesh, PartitionSpec()) if count > 1 else None
     decoder = Decoder(spec, remat="none", dtype=jnp.dtype(dtype), activation_sharding=everywhere)
-    return Model(files, spec, decoder, mesh)
+    return Model(files, spec, decoder, mesh, quantize)
 
 
 def effective(

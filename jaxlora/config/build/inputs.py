@@ -11,14 +11,15 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxlora.config.schema import Config, ModelConfig
 from jaxlora.core.errors import InputError, LayoutError
-from jaxlora.core.tree import unflatten
+from jaxlora.core.quantised import BLOCK, SMALLEST_BLOCK, block_of
+from jaxlora.core.tree import Path, unflatten
 from jaxlora.data.batches import Batches, EvalBatches, Examples, prepare
 from jaxlora.data.chat import ChatEncoder, load_tokenizer
 from jaxlora.data.sources import Source, load_conversations, split_off_eval
 from jaxlora.models.attention import Attention
 from jaxlora.models.decoder import Decoder
 from jaxlora.models.spec import DecoderSpec
-from jaxlora.models.weights import ModelFiles, load_params, param_shapes, resolve_model
+from jaxlora.models.weights import ModelFiles, load_params, param_likes, param_shapes, resolve_model
 from jaxlora.parallel import sharding
 from jaxlora.parallel.mesh import make_mesh
 
@@ -32,23 +33,29 @@ class Model:
 
     Attributes:
         files: where it lies. spec: its numbers. decoder: the function. mesh: the devices it will live on.
+        quantize: what its kernels are kept in, as in a config's `model`.
     """
 
     files: ModelFiles
     spec: DecoderSpec
     decoder: Decoder
     mesh: Mesh
+    quantize: str = "none"
 
     def shapes(self) -> dict[str, Any]:
         """The base's tree of placed `jax.ShapeDtypeStruct`s: enough to compile with."""
-        return unflatten(
-            {
-                path: jax.ShapeDtypeStruct(
-                    shape, self.decoder.dtype, sharding=sharding.parameter_sharding(self.mesh, path, shape)
-                )
-                for path, shape in param_shapes(self.spec).items()
-            }
-        )
+        placed = {}
+        for path, leaf in param_likes(self.spec, self.decoder.dtype, self.quantize).items():
+            place = self.place(path, leaf.shape)
+            placed[path] = jax.tree.map(
+                lambda x, place=place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), leaf
+            )
+        return unflatten(placed)
+
+    def place(self, path: Path, shape: tuple[int, ...]) -> NamedSharding:
+        """Where a leaf of the base lives; the shape of a quantised one is that of what it stands for."""
+        quantised = self.quantize != "none" and path[-1] == "kernel"
+        return sharding.parameter_sharding(self.mesh, path, shape, block_of(shape[-2]) if quantised else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +119,7 @@ def find(chosen: ModelConfig, mesh: Mesh, weights: bool = True) -> Model:
     """
     files = resolve_model(chosen.path, chosen.revision, weights=weights)
     spec = DecoderSpec.from_hf(files.config)
+    check_blocks(chosen.quantize, spec)
     decoder = Decoder(
         spec,
         remat="full" if chosen.remat == "auto" else chosen.remat,  # until `memory.fit` knows what fits
@@ -119,7 +127,18 @@ def find(chosen: ModelConfig, mesh: Mesh, weights: bool = True) -> Model:
         activation_sharding=sharding.activation_sharding(mesh) if mesh.size > 1 else None,
         attention=attention(chosen, spec, mesh),
     )
-    return Model(files, spec, decoder, mesh)
+    return Model(files, spec, decoder, mesh, chosen.quantize)
+
+
+def check_blocks(quantize: str, spec: DecoderSpec) -> None:
+    """Raises InputError when a kernel has too few inputs, or an odd number of them, to be quantised in blocks."""
+    kernels = {path[-2]: shape for path, shape in param_shapes(spec).items() if path[-1] == "kernel"}
+    for name, (_, inputs, _) in kernels.items():
+        if quantize != "none" and block_of(inputs) < SMALLEST_BLOCK:
+            raise InputError(
+                f"model.quantize = {quantize!r} takes kernels in blocks of {BLOCK} inputs, or {SMALLEST_BLOCK} at the "
+                f"least, and {name} has {inputs}.\nSet --config.model.quantize=none."
+            )
 
 
 def offloads(mesh: Mesh) -> bool:
@@ -179,9 +198,9 @@ def base(model: Model, progress: Counter | None = None) -> dict[str, Any]:
     """Loads the frozen base onto the mesh."""
 
     def place(path: str, shape: tuple[int, ...], dtype: Any) -> NamedSharding:
-        return sharding.parameter_sharding(model.mesh, tuple(path.split("/")), shape)
+        return model.place(tuple(path.split("/")), shape)
 
-    return load_params(model.files, model.spec, model.decoder.dtype, place, progress)
+    return load_params(model.files, model.spec, model.decoder.dtype, place, progress, model.quantize)
 
 
 def encoder(model: Model, train_on: str = "assistant") -> ChatEncoder:

@@ -32,7 +32,8 @@ class Bases:
 
     def base(self, config: Config, model: Model, progress: Progress) -> Any:
         """The parameters on the devices; those of another model or mesh are let go first."""
-        key = (config.model.path, config.model.revision, config.model.dtype, model.mesh)
+        chosen = config.model
+        key = (chosen.path, chosen.revision, chosen.dtype, chosen.quantize, model.mesh)
         if self._base[0] != key:
             self._base = (None, None)
             with progress.stage("loading the base") as stage:
