@@ -47,14 +47,16 @@ class Case:
     length: int = 2048
     layers: int | None = None
     rank: int = RANK
+    quantize: str = "none"
 
     @property
     def name(self) -> str:
         layers = "" if self.layers is None else f", {self.layers} layers"
         rank = "" if self.rank == RANK else f", rank {self.rank}"
+        kept = "" if self.quantize == "none" else f" in {self.quantize}"
         mesh = "x".join(map(str, self.mesh))
         rows = f"{self.micro} of {self.batch} x {self.length}"
-        return f"{self.model}{layers}{rank}, {self.topology}, mesh {mesh}, {rows}"
+        return f"{self.model}{kept}{layers}{rank}, {self.topology}, mesh {mesh}, {rows}"
 
 
 EIGHT = Case("Qwen2.5-7B", "v5e:2x4", (1, 8, 1), 8)
@@ -67,6 +69,10 @@ CASES: dict[str, list[Case]] = {
         Case("Mistral-7B", "v4:2x2x1", (1, 4, 1), 8),
     ],
     "small": [Case("Qwen2.5-0.5B", "v5e:1x1", (1, 1, 1), 8, length=1024)],
+    "quantised": [
+        Case(model, "v5e:1x1", (1, 1, 1), 1, batch=16, rank=16, quantize=kind)
+        for model, kind in (("Mistral-7B", "nf4"), ("Qwen2.5-7B", "nf4"), ("Mistral-7B", "int8"))
+    ],
     # The same 16 rows a chip in a step, one of them at once.
     "scaled": [EIGHT, Case("Qwen2.5-7B", "v5e:16x16", (32, 8, 1), 256, batch=16 * 256)],
     "launch": [
@@ -74,8 +80,8 @@ CASES: dict[str, list[Case]] = {
         for topology, chips in (("v5e:2x4", 8), ("v6e:2x4", 8), ("v4:2x2x1", 4), ("v5p:2x2x1", 4))
     ],
 }
-"""By what they show: time of compilation, memory, memory of a small model, bytes sent from 8 to 256 chips, and what the
-machines of launch/ need."""
+"""By what they show: time of compilation, memory, memory of a small model, of large ones in fewer bits on one chip, bytes
+sent from 8 to 256 chips, and what the machines of launch/ need."""
 
 
 def config_of(case: Case, folder: Path) -> Config:
@@ -85,7 +91,7 @@ def config_of(case: Case, folder: Path) -> Config:
     (folder / "config.json").write_text(json.dumps(given))
     return Config.from_dict(
         {
-            "model": {"path": str(folder)},
+            "model": {"path": str(folder), "quantize": case.quantize},
             "lora": {"rank": case.rank, "alpha": float(case.rank)},
             "data": {"train": "none", "max_length": case.length},
             "train": {"batch_size": case.batch, "micro_batch_size": case.micro},
@@ -128,6 +134,7 @@ KINDS: dict[str, Callable[[Case, Config, Progress, bool], dict[str, Any]]] = {
     "layers": train_step,
     "fits": planned,
     "small": planned,
+    "quantised": planned,
     "scaled": train_step,
     "launch": train_step,
 }

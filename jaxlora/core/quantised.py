@@ -140,17 +140,21 @@ def plain(kernel: Array | Quantised) -> Float[Array, "..."]:
         return kernel
     *layers, blocks, outputs = kernel.scales.shape
     values = jnp.asarray(kernel.values).reshape(*layers, blocks, -1, outputs)
+    scales = jnp.asarray(kernel.scales, jnp.float32)[..., None, :]
     if values.dtype == jnp.uint8:
-        wide = _entries(jnp.concatenate([values & 15, values >> 4], axis=-2))
+        wide = _scaled_entries(jnp.concatenate([values & 15, values >> 4], axis=-2), scales)
     else:
-        wide = values.astype(jnp.float32)
-    wide = wide * jnp.asarray(kernel.scales, jnp.float32)[..., None, :]
+        wide = values.astype(jnp.float32) * scales
     return wide.reshape(kernel.shape).astype(kernel.dtype)
 
 
-def _entries(codes: Array) -> Array:
-    """NF4[codes], by a tree of selections: a gather of single numbers is what TPUs are slowest at."""
-    found: list[Any] = [jnp.float32(entry) for entry in NF4]
+def _scaled_entries(codes: Array, scales: Array) -> Array:
+    """NF4[codes] * scales, by a tree of selections: a gather of single numbers is what TPUs are slowest at.
+
+    What is selected are the entries of a block, already scaled. From the entries themselves, which are the same in
+    every layer, `lax.scan` would make fifteen arrays of a kernel's size before the loop, and carry them through it.
+    """
+    found = [scales * entry for entry in NF4]
     for bit in range(4):
         is_set = (codes >> bit & 1) == 1
         found = [jnp.where(is_set, high, low) for low, high in zip(found[::2], found[1::2], strict=True)]
