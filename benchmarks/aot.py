@@ -80,8 +80,8 @@ CASES: dict[str, list[Case]] = {
         for topology, chips in (("v5e:2x4", 8), ("v6e:2x4", 8), ("v4:2x2x1", 4), ("v5p:2x2x1", 4))
     ],
 }
-"""By what they show: time of compilation, memory, memory of a small model, of large ones in fewer bits on one chip, bytes
-sent from 8 to 256 chips, and what the machines of launch/ need."""
+"""By what they show: time of compilation, memory, memory of a small model, that of large ones in fewer bits,
+bytes sent from 8 to 256 chips, and what the machines of launch/ need."""
 
 
 def config_of(case: Case, folder: Path) -> Config:

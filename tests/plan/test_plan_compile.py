@@ -90,6 +90,14 @@ def test_a_config_json_is_enough_and_the_numbers_are_the_compilers(compiled, fol
     assert "eval.generate is 0: a run would not compile generation" in out
 
 
+def test_a_base_in_four_bits_is_as_small_as_it_will_be(compiled):
+    plain, four = (compiled("--devices", 1, model__quantize=kind)[3] for kind in ("none", "nf4"))
+    kernels = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert plain["parameters"] - four["parameters"] == kernels * 2 - (kernels // 2 + kernels // 64 * 2)
+    saved = plain["programs"]["training"]["arguments"] - four["programs"]["training"]["arguments"]
+    assert saved == plain["parameters"] - four["parameters"]
+
+
 @pytest.mark.slow
 def test_what_does_not_fit_is_said_with_the_remedy(compiled):
     _, _, _, all_of_it = compiled("--devices", 1)

@@ -115,6 +115,21 @@ def test_curves_and_ends(both, name):
 
 
 @pytest.mark.slow
+def test_trials_over_a_base_in_four_bits(base_config, tmp_path):
+    """And next to one over the base as it is, which is another base."""
+    trials = [
+        trial(base_config, name, model__quantize=kind, optim__learning_rate=rate)
+        for name, kind, rate in (("a", "nf4", 1e-2), ("b", "nf4", 3e-3), ("c", "none", 1e-2))
+    ]
+    with see_devices(1):
+        Swept(trials, tmp_path / "sweep")
+        assert fine_tune(alone(trials[1].config), tmp_path / "alone", "tiny.py") == 0
+    ends = {name: read(tmp_path / "sweep" / name)["best"]["eval/nll"] for name in "abc"}
+    assert near(ends["b"], read(tmp_path / "alone")["best"]["eval/nll"])
+    assert len(set(ends.values())) == 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EIGHT)
 def test_adapters_and_files(both, name):
     swept, folder = both

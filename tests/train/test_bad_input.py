@@ -90,6 +90,18 @@ def test_wrong_type(refused):
     refused("train.batch_size", "'many'", "integer", train__batch_size="many")
 
 
+def test_quantisation(refused, project, call, tmp_path, devices):
+    refused("model.quantize", "'int4'", "'none'", "'int8'", "'nf4'", model__quantize="int4")
+    devices(2)  # the base has 32 inputs, which are one block
+    refused(
+        "mesh.fsdp = 2 does not divide",
+        "(its 32 in blocks of 32); mesh.fsdp may be 1.",
+        model__quantize="nf4",
+        mesh__data=1,
+        mesh__fsdp=2,
+    )
+
+
 def test_impossible_value(refused):
     refused("optim.learning_rate", "-1", "--config.optim.learning_rate=", optim__learning_rate=-1)
 

@@ -159,6 +159,20 @@ def test_every_variant_goes_on_as_it_was(command, undisturbed, project, tmp_path
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.slow
+def test_over_a_base_in_four_bits_too(command, undisturbed, project, tmp_path):
+    """It is quantised anew at every start, to the same bits."""
+    settings = SHAPE | {"model__quantize": "nf4"}
+    expected = undisturbed(settings)
+    arguments = project.arguments(tmp_path / "run", **settings)
+    assert command.run(arguments, die=[str(tmp_path / "run/checkpoints"), 40]) == -signal.SIGKILL, (
+        command.output
+    )
+    assert command.run(arguments) == 0, command.output
+    assert "going on after step" in command.output
+    assert_same(tmp_path / "run", expected)
+
+
 @pytest.fixture
 def left(command, project, tmp_path) -> Path:
     """A run that was asked to leave by SIGTERM, after it had saved more than once."""

@@ -1,0 +1,99 @@
+"""A run over a base in four bits, and every command that is pointed at it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxlora import evaluate, export, generate
+from jaxlora.config.build import inputs
+
+
+def last_line(workdir: Path) -> dict[str, Any]:
+    """Of metrics.jsonl, about the last evaluation."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "eval/nll" in line][-1]
+
+
+@pytest.fixture
+def loaded(monkeypatch) -> list[str]:
+    """What the bases that are loaded from now on are kept in."""
+    kept, load = [], inputs.base
+
+    def base(model, progress=None):
+        kept.append(model.quantize)
+        return load(model, progress)
+
+    monkeypatch.setattr(inputs, "base", base)
+    return kept
+
+
+def test_it_learns_and_says_what_it_stands_on(project, call, tmp_path):
+    ended = call(project.arguments(tmp_path / "run", model__quantize="int8"))
+    assert ended.code == 0, ended.err
+    assert "M parameters, int8 and float32)" in ended.out
+    record = json.loads((tmp_path / "run/record.json").read_text())
+    assert record["best"]["eval/nll"] < 0.9 * record["first"]["eval/nll"]
+    other = call(project.arguments(tmp_path / "run", model__quantize="nf4"))
+    assert other.code == 2
+    assert 'another config: model.quantize is "int8" there and "nf4" here' in other.err
+
+
+def test_it_is_evaluated_as_in_training_unless_asked_otherwise(run, call, loaded):
+    workdir = run("nf4")
+    loaded.clear()  # the run's own
+    ended = call(["--run", str(workdir), "--step", "last", "--json"], evaluate)
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    line = {name: value for name, value in last_line(workdir).items() if name.startswith("eval/")}
+    assert {name: found[name] for name in line} == line
+    assert (found["dtype"], found["quantize"]) == ("float32", "nf4")
+    ended = call(["--run", str(workdir), "--step", "last", "--json", "--quantize", "none"], evaluate)
+    assert ended.code == 0, ended.err
+    other = json.loads(ended.out)
+    assert other["quantize"] == "none"
+    assert 1e-5 < abs(other["eval/nll"] - found["eval/nll"]) < 0.1 * found["eval/nll"]
+    assert loaded == ["nf4", "none"]
+
+
+def test_it_answers_with_the_base_that_it_was_trained_on(run, call, loaded):
+    workdir = run("nf4")
+    loaded.clear()
+    ended = call(["--run", str(workdir), "--prompt", "a", "--max-new-tokens", "4"], generate)
+    assert ended.code == 0, ended.err
+    assert loaded == ["nf4"]
+
+
+def test_its_adapter_is_an_ordinary_one_and_is_merged_only_by_its_own_name(run, call, project, tmp_path):
+    workdir = run("nf4")
+    refused = call(["--run", str(workdir), "--to", "merged", "--out", str(tmp_path / "whole")], export)
+    assert refused.code == 2
+    assert len(refused.err.splitlines()) <= 3
+    assert "was trained over kernels in nf4 (model.quantize)" in refused.err
+    assert "--to peft" in refused.err
+    assert "--to merged --adapter FOLDER" in refused.err
+    assert not (tmp_path / "whole").exists()
+
+    ended = call(["--run", str(workdir), "--to", "peft", "--out", str(tmp_path / "adapter")], export)
+    assert ended.code == 0, ended.err
+    said = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert said["peft_type"] == "LORA"
+    assert not any("quant" in key for key in said)
+    mine, theirs = (
+        load_file(folder / "adapter_model.safetensors") for folder in (workdir / "best", tmp_path / "adapter")
+    )
+    for name in mine:
+        np.testing.assert_array_equal(mine[name], theirs[name])
+
+    named = ["--adapter", str(tmp_path / "adapter"), "--to", "merged", "--out", str(tmp_path / "whole")]
+    ended = call(named, export)
+    assert ended.code == 0, ended.err
+    stored = load_file(project.model / "model.safetensors")
+    merged = load_file(tmp_path / "whole/model.safetensors")
+    assert {x.dtype for x in merged.values()} == {np.dtype(np.float32)}
+    change = np.abs(merged["model.layers.0.mlp.up_proj.weight"] - stored["model.layers.0.mlp.up_proj.weight"])
+    assert 0 < change.max() < 0.2
+    np.testing.assert_array_equal(merged["model.norm.weight"], stored["model.norm.weight"])
