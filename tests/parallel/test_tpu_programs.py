@@ -6,6 +6,7 @@ import re
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import aot
 from jaxlora.config.build import programs
 from jaxlora.config.build.inputs import Model, attention
 from jaxlora.config.schema import Config
@@ -14,6 +15,7 @@ from jaxlora.models.spec import DecoderSpec
 from jaxlora.parallel import sharding
 from jaxlora.parallel.collectives import collectives
 from jaxlora.parallel.mesh import make_mesh
+from jaxlora.runs.progress import Progress
 
 pytest.importorskip("libtpu")
 pytestmark = [pytest.mark.slow, pytest.mark.libtpu]
@@ -96,3 +98,12 @@ def test_offload_keeps_what_layers_are_given_in_the_hosts_memory(train_step):
     assert offload.host_temp_size_in_bytes == pytest.approx(inputs, rel=0.1)
     saved = full.temp_size_in_bytes - offload.temp_size_in_bytes
     assert saved > 0.7 * inputs
+
+
+@pytest.mark.usefixtures("chips")
+def test_a_7b_base_in_four_bits_is_trained_on_one_chip_of_16_gb(tmp_path):
+    case = aot.CASES["quantised"][0]
+    assert (case.topology, case.quantize) == ("v5e:1x1", "nf4")
+    with Progress() as progress:
+        found = aot.train_step(case, aot.config_of(case, tmp_path), progress, False)
+    assert found["needed"] < 10e9

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxlora import evaluate, export, generate
-from jaxlora.config.build import inputs
+from jaxlora.config.build import generation, inputs
 
 
 def last_line(workdir: Path) -> dict[str, Any]:
@@ -65,6 +65,15 @@ def test_it_answers_with_the_base_that_it_was_trained_on(run, call, loaded):
     ended = call(["--run", str(workdir), "--prompt", "a", "--max-new-tokens", "4"], generate)
     assert ended.code == 0, ended.err
     assert loaded == ["nf4"]
+
+
+def test_answers_are_shared_out_over_whole_blocks(project, devices):
+    devices(8)
+    sizes = {
+        kind: generation.answering_model(str(project.model), "", "float32", kind).mesh.size
+        for kind in ("none", "nf4")
+    }
+    assert sizes == {"none": 2, "nf4": 1}  # two key heads; one block of 32 inputs
 
 
 def test_its_adapter_is_an_ordinary_one_and_is_merged_only_by_its_own_name(run, call, project, tmp_path):

@@ -265,12 +265,12 @@ def remedy(config: Config, model: Model, work: Work) -> str:
         helps += [f"--config.model.remat={least}"] if config.model.remat != least else []
     if config.model.dtype != "bfloat16":
         helps.append("--config.model.dtype=bfloat16")
-    if config.model.quantize != "nf4":
-        helps.append("--config.model.quantize=nf4")
     if work.name != "answers":
         helps.append(f"a shorter data.max_length (it is {config.data.max_length})")
     if config.mesh.fsdp == 1:
         helps.append("a base that is cut over several devices (--config.mesh.fsdp=-1 --config.mesh.data=1)")
+    if config.model.quantize != "nf4":
+        helps.append("--config.model.quantize=nf4, which is another base (docs/quantised.md)")
     return f"What helps: {', or '.join(helps)}."
 
 
