@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlora.core.quantised import Quantised, plain
+from jaxlora.core.quantised import Quantised, gathered, plain
 
 
 def contract(
@@ -57,7 +57,7 @@ _contract.defvjp(_forward, _backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _contract_quantised(equation, x, y):
-    return _contract(equation, x, plain(y))
+    return _contract(equation, x, plain(gathered(y)))
 
 
 def _forward_quantised(equation, x, y):
@@ -68,7 +68,9 @@ def _forward_quantised(equation, x, y):
 def _backward_quantised(equation, y, cotangent):
     x_term, y_term, out = _terms(equation)
     cotangent = cotangent.astype(y.dtype)
-    dx = jnp.einsum(f"{out},{y_term}->{x_term}", cotangent, plain(y), preferred_element_type=jnp.float32)
+    dx = jnp.einsum(
+        f"{out},{y_term}->{x_term}", cotangent, plain(gathered(y)), preferred_element_type=jnp.float32
+    )
     return dx.astype(y.dtype), None
 
 

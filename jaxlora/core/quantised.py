@@ -50,7 +50,9 @@ _BETWEEN = np.array([(low + high) / 2 for low, high in itertools.pairwise(NF4)],
 _AT_ONCE = 2**18  # values that are encoded at once: 1 MiB in float32
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["dtype"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["dtype", "together"]
+)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Quantised:
     """A kernel [..., I, O] that is kept in fewer bits; a leaf to `core.tree`, two arrays to JAX.
@@ -60,11 +62,13 @@ class Quantised:
             the second half in the high ones.
         scales: bfloat16 [..., I / block, O].
         dtype: of the kernel that it stands for.
+        together: where `gathered` puts one layer of it, if the mesh cuts layers.
     """
 
     values: Any
     scales: Any
     dtype: Any
+    together: jax.sharding.Sharding | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -132,6 +136,14 @@ def _nearest(wide: np.ndarray) -> np.ndarray:
         codes += wide > between
     half = wide.shape[1] // 2
     return codes[:, :half] | codes[:, half:] << 4
+
+
+def gathered(kernel: Quantised) -> Quantised:
+    """One layer's kernel, whole where it has to be for a product: the bits are sent, not what they stand for.
+
+    The compiler by itself would have each device dequantise its own part, and send that: four times as much of NF4.
+    """
+    return kernel if kernel.together is None else jax.lax.with_sharding_constraint(kernel, kernel.together)
 
 
 def plain(kernel: Array | Quantised) -> Float[Array, "..."]:

@@ -78,6 +78,12 @@ def parameter_sharding(mesh: Mesh, path: Path, shape: tuple[int, ...], block: in
     return NamedSharding(mesh, spec)
 
 
+def layer_together(mesh: Mesh, path: Path) -> NamedSharding:
+    """Where one layer [I, O] of a kernel is for a product: whole on devices with rows of their own (`ROWS`)."""
+    axes = partition(path)[1:]
+    return NamedSharding(mesh, PartitionSpec(*(None if axis in ROWS else axis for axis in axes)))
+
+
 def tree_shardings(mesh: Mesh, tree: Mapping[str, Any]) -> dict[str, Any]:
     """`parameter_sharding` for every leaf of a base or an adapter."""
     return map_leaves(lambda path, leaf: parameter_sharding(mesh, path, leaf.shape), tree)

@@ -11,8 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxlora.config.schema import Config, ModelConfig
 from jaxlora.core.errors import InputError, LayoutError
-from jaxlora.core.quantised import BLOCK, SMALLEST_BLOCK, block_of
-from jaxlora.core.tree import Path, unflatten
+from jaxlora.core.quantised import BLOCK, SMALLEST_BLOCK, Quantised, block_of
+from jaxlora.core.tree import Path, map_leaves, unflatten
 from jaxlora.data.batches import Batches, EvalBatches, Examples, prepare
 from jaxlora.data.chat import ChatEncoder, load_tokenizer
 from jaxlora.data.sources import Source, load_conversations, split_off_eval
@@ -50,12 +50,18 @@ class Model:
             placed[path] = jax.tree.map(
                 lambda x, place=place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), leaf
             )
-        return unflatten(placed)
+        return map_leaves(self.told, unflatten(placed))
 
     def place(self, path: Path, shape: tuple[int, ...]) -> NamedSharding:
         """Where a leaf of the base lives; the shape of a quantised one is that of what it stands for."""
         quantised = self.quantize != "none" and path[-1] == "kernel"
         return sharding.parameter_sharding(self.mesh, path, shape, block_of(shape[-2]) if quantised else 1)
+
+    def told(self, path: Path, leaf: Any) -> Any:
+        """A leaf of the base; a quantised one that is cut over `fsdp` is told where its layers are put together."""
+        if not isinstance(leaf, Quantised) or self.mesh.shape["fsdp"] == 1:
+            return leaf
+        return dataclasses.replace(leaf, together=sharding.layer_together(self.mesh, path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +143,7 @@ def check_blocks(quantize: str, spec: DecoderSpec) -> None:
         if quantize != "none" and block_of(inputs) < SMALLEST_BLOCK:
             raise InputError(
                 f"model.quantize = {quantize!r} takes kernels in blocks of {BLOCK} inputs, or {SMALLEST_BLOCK} at the "
-                f"least, and {name} has {inputs}.\nSet --config.model.quantize=none."
+                f"least, and {name} has {inputs}.\nOf this model it can only be 'none'."
             )
 
 
@@ -200,7 +206,8 @@ def base(model: Model, progress: Counter | None = None) -> dict[str, Any]:
     def place(path: str, shape: tuple[int, ...], dtype: Any) -> NamedSharding:
         return model.place(tuple(path.split("/")), shape)
 
-    return load_params(model.files, model.spec, model.decoder.dtype, place, progress, model.quantize)
+    dtype, quantize = model.decoder.dtype, model.quantize
+    return map_leaves(model.told, load_params(model.files, model.spec, dtype, place, progress, quantize))
 
 
 def encoder(model: Model, train_on: str = "assistant") -> ChatEncoder:
