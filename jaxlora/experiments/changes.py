@@ -21,6 +21,7 @@ _SWITCHES = {
 _WORDS = {
     "model.path": "model {}",
     "model.revision": "revision {} of the model",
+    "model.quantize": "kernels in {}",
     "data.train": "trained on {}",
     "data.eval": "evaluated on {}",
     "data.train_split": "split {} to train on",
@@ -68,6 +69,7 @@ _UNSET = {
     "stop.min_steps": None,
     "lora.init_from": "",
     "model.revision": "",
+    "model.quantize": "none",
 }
 """Values that mean: not set."""
 

@@ -11,6 +11,7 @@ from jaxlora.experiments.records import Curves, Run
 
 BASE = {
     "model.path": "Qwen/Qwen2.5-0.5B-Instruct",
+    "model.quantize": "none",
     "lora.rank": 16,
     "lora.alpha": 32.0,
     "lora.scaling": "alpha/r",
@@ -67,6 +68,7 @@ def test_numbers_as_a_person_writes_them(value, written):
         ({"journal__hypothesis": "x", "mesh__fsdp": 8}, []),
         ({"train__batch_size": 128.0, "lora__rank": 16.0}, []),
         ({"unheard_of": 3}, []),
+        ({"model__quantize": "nf4"}, ["kernels in nf4"]),
         ({"model__path": "/models/mine"}, ["model mine instead of Qwen/Qwen2.5-0.5B-Instruct"]),
     ],
 )  # fmt: skip

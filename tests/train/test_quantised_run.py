@@ -42,7 +42,20 @@ def test_it_learns_and_says_what_it_stands_on(project, call, tmp_path):
     assert 'another config: model.quantize is "int8" there and "nf4" here' in other.err
 
 
-def test_it_is_evaluated_as_in_training_unless_asked_otherwise(run, call, loaded):
+@pytest.mark.slow
+def test_the_quickstart_learns_in_four_bits_too(call, repository, tmp_path):
+    """From 5.5992 to 0.30 in 20 steps; in bfloat16 from 5.5906 to 0.32."""
+    arguments = ["--config", str(repository / "configs/quickstart.py"), "--workdir", str(tmp_path / "run")]
+    changed = {"model.quantize": "nf4", "train.max_steps": 20, "eval.every": 20, "eval.generate": 0}
+    ended = call([*arguments, *(f"--config.{key}={value}" for key, value in changed.items())])
+    assert ended.code == 0, ended.err
+    record = json.loads((tmp_path / "run/record.json").read_text())
+    assert record["first"]["eval/nll"] == pytest.approx(5.5992, abs=4e-3)
+    assert record["best"]["eval/nll"] < 0.5
+
+
+@pytest.mark.slow
+def test_it_is_evaluated_as_in_training_unless_asked_otherwise(run, call, loaded, project):
     workdir = run("nf4")
     loaded.clear()  # the run's own
     ended = call(["--run", str(workdir), "--step", "last", "--json"], evaluate)
@@ -56,15 +69,20 @@ def test_it_is_evaluated_as_in_training_unless_asked_otherwise(run, call, loaded
     other = json.loads(ended.out)
     assert other["quantize"] == "none"
     assert 1e-5 < abs(other["eval/nll"] - found["eval/nll"]) < 0.1 * found["eval/nll"]
-    assert loaded == ["nf4", "none"]
+    bare = ["--model", str(project.model), "--data", str(project.folder / "eval.jsonl"), "--json"]
+    ended = call([*bare, "--quantize", "int8"], evaluate)
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["quantize"] == "int8"
+    assert loaded == ["nf4", "none", "int8"]
 
 
-def test_it_answers_with_the_base_that_it_was_trained_on(run, call, loaded):
+def test_it_answers_with_the_base_that_it_was_trained_on_unless_asked_otherwise(run, call, loaded, project):
     workdir = run("nf4")
     loaded.clear()
-    ended = call(["--run", str(workdir), "--prompt", "a", "--max-new-tokens", "4"], generate)
-    assert ended.code == 0, ended.err
-    assert loaded == ["nf4"]
+    for base in (["--run", str(workdir)], ["--model", str(project.model), "--quantize", "int8"]):
+        ended = call([*base, "--prompt", "a", "--max-new-tokens", "4"], generate)
+        assert ended.code == 0, ended.err
+    assert loaded == ["nf4", "int8"]
 
 
 def test_answers_are_shared_out_over_whole_blocks(project, devices):
@@ -80,10 +98,10 @@ def test_its_adapter_is_an_ordinary_one_and_is_merged_only_by_its_own_name(run, 
     workdir = run("nf4")
     refused = call(["--run", str(workdir), "--to", "merged", "--out", str(tmp_path / "whole")], export)
     assert refused.code == 2
-    assert len(refused.err.splitlines()) <= 3
+    assert len(refused.err.splitlines()) == 2, refused.err
     assert "was trained over kernels in nf4 (model.quantize)" in refused.err
     assert "--to peft" in refused.err
-    assert "--to merged --adapter FOLDER" in refused.err
+    assert f"--to merged --adapter {workdir / 'best'}." in refused.err
     assert not (tmp_path / "whole").exists()
 
     ended = call(["--run", str(workdir), "--to", "peft", "--out", str(tmp_path / "adapter")], export)

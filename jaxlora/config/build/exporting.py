@@ -27,9 +27,9 @@ def base(chosen: Chosen, weights: bool) -> tuple[ModelFiles, DecoderSpec]:
     elsewhere = f"name another copy: --adapter {adapter} --model FOLDER_OR_ID"
     if weights and chosen.quantize != "none":
         raise InputError(
-            f"{chosen.description} was trained over kernels in {chosen.quantize} (model.quantize): it does not fit "
-            "others as well.\nExport the adapter with --to peft; to merge it all the same into the base as published, "
-            "name that folder: --to merged --adapter FOLDER."
+            f"{chosen.description} was trained over kernels in {chosen.quantize} (model.quantize): merged into those "
+            "as published, it is not what was evaluated.\nExport it with --to peft; to merge it all the same, name "
+            f"its folder: --to merged --adapter {chosen.folder or 'FOLDER'}."
         )
     try:
         files = resolve_model(chosen.model, chosen.revision, weights=weights)
