@@ -73,6 +73,11 @@ CASES: dict[str, list[Case]] = {
         Case(model, "v5e:1x1", (1, 1, 1), 1, batch=16, rank=16, quantize=kind)
         for model, kind in (("Mistral-7B", "nf4"), ("Qwen2.5-7B", "nf4"), ("Mistral-7B", "int8"))
     ],
+    "cut": [
+        Case("Mistral-7B", topology, (1, n, 1), n, batch=16 * n, layers=4, rank=16, quantize=kind)
+        for topology, n in (("v5e:1x1", 1), ("v5e:2x4", 8))
+        for kind in ("none", "nf4")
+    ],
     # The same 16 rows a chip in a step, one of them at once.
     "scaled": [EIGHT, Case("Qwen2.5-7B", "v5e:16x16", (32, 8, 1), 256, batch=16 * 256)],
     "launch": [
@@ -80,8 +85,8 @@ CASES: dict[str, list[Case]] = {
         for topology, chips in (("v5e:2x4", 8), ("v6e:2x4", 8), ("v4:2x2x1", 4), ("v5p:2x2x1", 4))
     ],
 }
-"""By what they show: time of compilation, memory, memory of a small model, that of large ones in fewer bits,
-bytes sent from 8 to 256 chips, and what the machines of launch/ need."""
+"""By what they show: time of compilation, memory, memory of a small model, that of large ones in fewer bits, what fewer
+bits change on one chip and over eight, bytes sent from 8 to 256 chips, and what the machines of launch/ need."""
 
 
 def config_of(case: Case, folder: Path) -> Config:
@@ -135,6 +140,7 @@ KINDS: dict[str, Callable[[Case, Config, Progress, bool], dict[str, Any]]] = {
     "fits": planned,
     "small": planned,
     "quantised": planned,
+    "cut": train_step,
     "scaled": train_step,
     "launch": train_step,
 }
