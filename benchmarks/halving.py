@@ -12,6 +12,8 @@ benchmarks/results/halving-cpu.json.
 
 import argparse
 import os
+import shlex
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,7 +150,7 @@ def main() -> None:
 
 
 def _keep(part: str, found: Any) -> None:
-    command = f"python -m benchmarks.halving --only {part}"
+    command = shlex.join(["python", "-m", "benchmarks.halving", *sys.argv[1:]])
     told = facts(command, f"cpu, {os.cpu_count()} cores", "jax", "jaxlib", "flax") | {"results": found}
     keep(RESULTS / "halving-cpu.json", {part: told})
 
