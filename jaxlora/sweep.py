@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlora.config.load import CommandParser, add_config_argument, config_name, parse_arguments
-from jaxlora.config.sweep import SWEEP_KEYS, Sweep, described, find_sweep_key, load_sweep, make
+from jaxlora.config.sweep import (
+    SWEEP_KEYS,
+    Sweep,
+    described,
+    described_defaults,
+    find_sweep_key,
+    load_sweep,
+    make,
+)
 from jaxlora.core import cli
 from jaxlora.core.errors import InputError
 from jaxlora.runs.directory import ENDED, RunDirectory, default_path
@@ -106,11 +114,8 @@ def _check_same_sweep(path: Path, sweep: Sweep) -> None:
     now, before = described(sweep), noted.get("sweep")
     if before is not None:
         lost = [name for name, changes in before["trials"].items() if now["trials"].get(name) != changes]
-        keys = [
-            key
-            for key in now["base"]
-            if not key.startswith(FREE) and now["base"][key] != before["base"].get(key)
-        ]
+        base = described_defaults() | before["base"]  # the folder may be older than a key
+        keys = [key for key in now["base"] if not key.startswith(FREE) and now["base"][key] != base.get(key)]
         what = [f"base.{key}" for key in keys[:2]]
         what += [f"sweep.{name}" for name in ("halving", "search") if now[name] != before[name]]
         if lost:

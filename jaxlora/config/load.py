@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from ml_collections import ConfigDict
 
 from jaxlora.config.keys import Key
-from jaxlora.config.schema import KEYS, SECTIONS, Config, find_key, nearest_key
+from jaxlora.config.schema import KEYS, SECTIONS, Config, defaults, find_key, nearest_key
 from jaxlora.core.errors import InputError
 
 _MODULE = "jaxlora_config_file"
@@ -35,10 +35,10 @@ def base_config() -> Any:
 
     `model.path` and `data.train` have no default: they are "" here, and a config that leaves them so is refused.
     """
-    nested: dict[str, Any] = {name: {} for name in SECTIONS}
+    nested = defaults()
     for key in KEYS.values():
-        section = nested[key.path.rpartition(".")[0]] if "." in key.path else nested
-        section[key.name] = "" if key.required else key.default
+        if key.required:
+            nested[key.path.rpartition(".")[0]][key.name] = ""
     return ConfigDict(nested, type_safe=False)
 
 

@@ -371,6 +371,19 @@ KEYS: dict[str, Key] = {
 """Dotted name -> the key, for every public key."""
 
 
+def defaults() -> dict[str, Any]:
+    """What each key is where a config does not set it, nested; without the keys that have to be set.
+
+    A folder may be older than a key: its run was then what the key's default stands for.
+    """
+    nested: dict[str, Any] = {name: {} for name in SECTIONS}
+    for key in KEYS.values():
+        section = nested[key.path.rpartition(".")[0]] if "." in key.path else nested
+        if not key.required:
+            section[key.name] = key.default
+    return nested
+
+
 def nearest_key(path: str) -> str | None:
     """The real key that an unknown one most likely means: the same last word, else the most similar spelling."""
     section, _, last = path.rpartition(".")

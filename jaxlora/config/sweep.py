@@ -356,3 +356,9 @@ def described(sweep: Sweep) -> dict[str, Any]:
     return json.loads(
         json.dumps(told | {"trials": {trial.name: dict(trial.changes) for trial in sweep.trials}})
     )
+
+
+def described_defaults() -> dict[str, Any]:
+    """What `described` says of a base that sets no key, as far as keys have a default."""
+    told = {path: key.default for path, key in KEYS.items() if not key.required}
+    return json.loads(json.dumps(told))

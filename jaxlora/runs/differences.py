@@ -12,10 +12,24 @@ SHOWN = 4
 """Differing keys named in a message before it goes on with a count."""
 
 
-def differing(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
-    """Yields, for each differing key that matters, a phrase with the value in the folder and the value wanted now."""
+def differing(found: dict[str, Any], wanted: dict[str, Any], defaults: dict[str, Any]) -> Iterator[str]:
+    """Yields, for each differing key that matters, a phrase with the value in the folder and the value wanted now.
+
+    Args:
+        found: the config in the folder.
+        wanted: the config of now.
+        defaults: nested like a config; what a key that `found` lacks was then.
+    """
+    found = _filled(found, defaults)
     found, wanted = ({k: v for k, v in config.items() if k not in FREE} for config in (found, wanted))
     yield from _differences(found, wanted)
+
+
+def _filled(found: Any, defaults: Any) -> Any:
+    """The config with what it lacks at its default."""
+    if not (isinstance(found, dict) and isinstance(defaults, dict)):
+        return found
+    return {**defaults, **{name: _filled(value, defaults.get(name)) for name, value in found.items()}}
 
 
 def _differences(found: Any, wanted: Any, key: str = "") -> Iterator[str]:

@@ -84,12 +84,18 @@ class RunDirectory:
         self._problems: list[str] = []
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], config: Mapping[str, Any]) -> "RunDirectory":
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        defaults: Mapping[str, Any] | None = None,
+    ) -> "RunDirectory":
         """Makes the folder for a new run, or reopens that of the same run.
 
         Args:
             path: the run folder; it and its parents are made when missing.
             config: the resolved config, a nested mapping of JSON values (tuples count as lists).
+            defaults: nested like a config: what a key was in a folder that is older than the key.
         Returns:
             The folder, locked by this process until `close` or its end, however it ends.
         Raises:
@@ -105,7 +111,7 @@ class RunDirectory:
         except OSError as error:
             raise _unwritable(folder, error) from error
         try:
-            return cls._open_locked(folder, wanted, lock)
+            return cls._open_locked(folder, wanted, json.loads(encode_json(defaults or {})), lock)
         except OSError as error:
             release(lock)
             raise _unwritable(folder, error) from error
@@ -114,7 +120,9 @@ class RunDirectory:
             raise
 
     @classmethod
-    def _open_locked(cls, folder: Path, wanted: dict[str, Any], lock: int | None) -> "RunDirectory":
+    def _open_locked(
+        cls, folder: Path, wanted: dict[str, Any], defaults: dict[str, Any], lock: int | None
+    ) -> "RunDirectory":
         for leftover in (
             *folder.glob(f"*{ASIDE}"),
             *folder.glob(f"eval/*{ASIDE}"),
@@ -124,7 +132,7 @@ class RunDirectory:
         resumed, found = (folder / CONFIG).exists(), wanted
         if resumed:
             found = _read_json(folder / CONFIG)
-            differences = list(differing(found, wanted))
+            differences = list(differing(found, wanted, defaults))
             if differences:
                 raise InputError(another_config(folder, differences))
             _cut_half_line(folder / METRICS)

@@ -49,6 +49,20 @@ def test_another_config_is_refused_with_what_differs_and_the_remedy(tmp_path):
     assert message.count("\n") == 1
 
 
+def test_a_folder_older_than_a_key_had_the_keys_default(tmp_path):
+    RunDirectory.open(tmp_path, CONFIG).close()
+    newer = {**CONFIG, "lora": {**CONFIG["lora"], "kind": ("plain",)}}
+    default = {"lora": {"kind": ("plain",), "rank": 1}, "seed": 5}  # of keys that it has, they say nothing
+    with pytest.raises(InputError, match=r'lora.kind is missing there and "new" here'):
+        RunDirectory.open(tmp_path, {**CONFIG, "lora": {**CONFIG["lora"], "kind": "new"}})
+    with pytest.raises(InputError, match=r'lora.kind is \["plain"\] there and "new" here'):
+        RunDirectory.open(tmp_path, {**CONFIG, "lora": {**CONFIG["lora"], "kind": "new"}}, default)
+    with RunDirectory.open(tmp_path, newer, default) as run:
+        assert run.resumed
+        run.update_record(status="running")
+    assert json.loads((tmp_path / "config.json").read_text())["lora"]["kind"] == ["plain"]
+
+
 def test_a_run_may_go_on_with_another_mesh_which_is_noted_with_the_first_write(tmp_path):
     """It says where the run is computed, on however many devices, and not what."""
     meshes = [{**CONFIG, "mesh": {"data": 1, "fsdp": size}} for size in (8, 4)]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import json
 import os
 import re
 import signal
@@ -318,6 +319,22 @@ def test_another_base_is_another_sweep_but_on_other_devices_it_is_the_same(call)
     code, _, err = call(RATES, flags=["--config.base.train.max_steps=30"])
     assert code == 2
     assert "holds another sweep: base.train.max_steps is not what it was" in err
+
+
+def test_a_sweep_older_than_a_key_goes_on_with_the_keys_default(call, tmp_path):
+    call(RATES)
+    files = [tmp_path / "s/sweep.json", *(tmp_path / "s").glob("*/config.json")]
+    for file in files:
+        told = json.loads(file.read_text())
+        if file.name == "sweep.json":
+            del told["sweep"]["base"]["model.quantize"]
+        else:
+            del told["model"]["quantize"]
+        file.write_text(json.dumps(told))
+    code, _, err = call(RATES, flags=["--config.base.model.quantize=int8"])
+    assert code == 2
+    assert "holds another sweep: base.model.quantize is not what it was" in err
+    assert call(RATES)[0] == 0
 
 
 def test_trials_may_be_added(call, stand_in):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxlora
-from jaxlora.config.schema import Config, to_dict
+from jaxlora.config.schema import Config, defaults, to_dict
 from jaxlora.core.tree import leaves
 from jaxlora.parallel import exchange
 from jaxlora.runs.directory import RunDirectory, default_path
@@ -58,7 +58,7 @@ def open_run(path: Path, config: Config) -> RunDirectory:
     opened: list[RunDirectory] = []
 
     def take() -> list[Any]:
-        opened.append(RunDirectory.open(path, to_dict(config)))
+        opened.append(RunDirectory.open(path, to_dict(config), defaults()))
         return [opened[0].record, opened[0].resumed]
 
     record, resumed = exchange.from_first(take)

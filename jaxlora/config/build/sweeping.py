@@ -10,7 +10,7 @@ from typing import Any
 from jaxlora.config.build import inputs, programs, stacking, wiring
 from jaxlora.config.build.inputs import Data, Model
 from jaxlora.config.build.trialing import Board, OpenTrial, Outcome, Prepared, alone
-from jaxlora.config.schema import Config, to_dict
+from jaxlora.config.schema import Config, defaults, to_dict
 from jaxlora.parallel import sharding
 from jaxlora.runs.directory import CONFIG, ENDED, RunDirectory
 from jaxlora.runs.progress import Progress
@@ -370,7 +370,7 @@ class _Group:
             for name in there:
                 if name in dropped and not self._ended_by_itself(name):
                     config = to_dict(alone(self._prepared[name].trial.config))
-                    with RunDirectory.open(self._folder / name, config) as run:
+                    with RunDirectory.open(self._folder / name, config, defaults()) as run:
                         run.update_record(reason=dropped[name]["reason"])
                     self._board.state(name, "dropped", dropped[name]["reason"])
                 self._ledger.end_wait(name)

@@ -12,7 +12,7 @@ import jax
 from jaxlora.config.build import guarding, memory, programs, running, stacking, wiring, works
 from jaxlora.config.build.inputs import Data, Model
 from jaxlora.config.build.programs import Programs
-from jaxlora.config.schema import Config, to_dict
+from jaxlora.config.schema import Config, defaults, to_dict
 from jaxlora.runs.checkpoints import Checkpoints
 from jaxlora.runs.directory import RunDirectory
 from jaxlora.runs.progress import Progress
@@ -141,7 +141,7 @@ class OpenTrial:
         config = alone(trial.config)
         data = memory.with_eval_rows(prepared.data, fitted.form.config.eval.batch_size)
         facts = wiring.facts(config, model, data)
-        self.run = RunDirectory.open(folder / trial.name, to_dict(config))
+        self.run = RunDirectory.open(folder / trial.name, to_dict(config), defaults())
         self._files.enter_context(self.run)
         try:
             running.check_same_data(self.run, facts["data"])
