@@ -17,6 +17,7 @@ from jaxlora.config.load import (
     load_config,
     parse_arguments,
 )
+from jaxlora.config.profiled import check_ahead, steps_of
 from jaxlora.config.schema import Config
 from jaxlora.core import cli
 from jaxlora.core.errors import InputError
@@ -42,12 +43,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--workdir", type=Path, help="the run's folder (default: runs/<MonDD_HH-MM-SS>_<config>)"
     )
+    parser.add_argument(
+        "--profile", metavar="START:END", help="trace these steps, both included, for xprof (docs/profile.md)"
+    )
     launch.add_arguments(parser)
     arguments, overrides = parse_arguments(parser, argv)
     config = _config(arguments.config, arguments.workdir, overrides)
+    traced = steps_of(arguments.profile) if arguments.profile else range(0)
     typed = [*overrides, *launch.typed(arguments)]
     started = launch.of(arguments, os.environ)
-    return fine_tune(config, arguments.workdir, arguments.config, typed, started)
+    return fine_tune(config, arguments.workdir, arguments.config, typed, started, traced)
 
 
 def _config(argument: str | None, workdir: Path | None, overrides: Sequence[str]) -> Config:
@@ -71,6 +76,7 @@ def fine_tune(
     config_argument: str | None,
     overrides: Sequence[str] = (),
     started: launch.Launch | None = None,
+    traced: range = range(0),
 ) -> int:
     """Runs one fine-tuning from config to adapter.
 
@@ -79,6 +85,7 @@ def fine_tune(
         workdir: its folder, or None for a new one named by the time.
         config_argument, overrides: what was typed, for the commands that are printed; None: the folder's own config.
         started: as one of several processes; None where neither flags nor environment say so.
+        traced: steps to profile.
     Returns:
         The exit code: 0 when finished, stopped early, diverged (as far as a run can) or saved on request; 1 when the
         disk did not take what came of it.
@@ -117,7 +124,7 @@ def fine_tune(
                 _tell_outcome(run, progress, command)
             return cli.EXIT_OK
         use_persistent_cache()
-        return _fine_tune(config, path, run, progress, command, notify, watch)
+        return _fine_tune(config, path, run, progress, command, notify, watch, traced)
 
 
 def _fine_tune(
@@ -128,6 +135,7 @@ def _fine_tune(
     command: str,
     notify: Callable[[], None] | None,
     watch: "Watch | None",
+    traced: range,
 ) -> int:
     """Args: `run` where the folder is there; `notify` of `processes.join`; `watch` over other processes."""
     with progress.stage("looking for the devices"):
@@ -138,6 +146,7 @@ def _fine_tune(
         from jaxlora.runs.checkpoints import Checkpoints
         from jaxlora.runs.writers import Writers
         from jaxlora.training.loop import Program, train
+        from jaxlora.training.profiling import Profile
 
         jax.devices()
 
@@ -147,6 +156,7 @@ def _fine_tune(
     with progress.stage("reading the data") as stage:
         data = inputs.data(config, inputs.encoder(model, config.data.train_on), progress.say, stage)
     total = inputs.total_steps(config, data.train)
+    check_ahead(traced, 0, total)
     wiring.check_names(config, data)
     answers = wiring.answers(config, model, data, progress.say)
     facts = wiring.facts(config, model, data)
@@ -175,6 +185,7 @@ def _fine_tune(
         watch.outlook = several.outlook(run)
     with run, Checkpoints(run.checkpoints, config.checkpoint.keep) as checkpoints, Writers(run) as writers:
         state, standing = running.gone_on(run, checkpoints, state, progress.say)
+        check_ahead(traced, int(state.step), total)
 
         # ---- train
         _tell_plan(config, model, data, state, total, str(fitted), path, command, progress)
@@ -187,10 +198,15 @@ def _fine_tune(
         if watch:
             watch.on_end = lambda reason: recorder.record("failed", reason)
         with _leaving_on_request(progress, notify, checkpoints, int(state.step)) as asked:
-            program = Program(compiled.train, base, ready.batch, ready.rollback)
+            mine = traced if exchange.first() else range(0)
+            profile = Profile(mine, run.tensorboard, progress.say, progress.stage)
+            program = Program(compiled.train, base, ready.batch, ready.rollback, profile)
             progress.begin(int(state.step))
             try:
-                state, end = train(program, dataclasses.replace(ready.course, asked_to_leave=asked), state)
+                with profile.open():
+                    state, end = train(
+                        program, dataclasses.replace(ready.course, asked_to_leave=asked), state
+                    )
             except BaseException as error:
                 recorder.record("failed", f"{type(error).__name__}: {error}".splitlines()[0])
                 raise

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, NamedTuple
@@ -171,12 +172,14 @@ class Program:
         base: frozen parameters.
         batch: step number -> its batch on the devices.
         rollback: carries a rollback out: (verdict, any state of the run) -> the state to go on from.
+        traced: makes a step: (its number, what gives it to the device) -> what the latter returns.
     """
 
     step: Callable[[TrainState, Any, Mapping[str, Any]], tuple[TrainState, Any]]
     base: Any
     batch: Callable[[int], Mapping[str, Any]]
     rollback: Callable[[Rollback, TrainState], TrainState]
+    traced: Callable[[int, Callable[[], Any]], Any] = lambda step, make: make()
 
 
 def train(program: Program, course: Course, state: TrainState) -> tuple[TrainState, Stop]:
@@ -201,7 +204,8 @@ def train(program: Program, course: Course, state: TrainState) -> tuple[TrainSta
         elif isinstance(wish, Rung):
             wish = advance(steps)  # there is nothing to be compared with
         else:
-            state, sums = program.step(state, program.base, program.batch(wish) if batch is None else batch)
+            now = program.batch(wish) if batch is None else batch
+            state, sums = program.traced(wish, functools.partial(program.step, state, program.base, now))
             batch = program.batch(wish + 1) if wish < course.total_steps else None
             wish = advance(steps, Made(lambda sums=sums: _numbers(sums), sums.rows_nll))
     return state, wish
