@@ -48,7 +48,10 @@ def _backward(equation, operands, cotangent):
     cotangent = cotangent.astype(x.dtype)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     dx = product(f"{out},{y_term}->{x_term}", cotangent, y.astype(x.dtype))
-    dy = product(f"{x_term},{out}->{y_term}", x, cotangent)
+    if y.ndim == 2 and x.size > cotangent.size:
+        dy = transposed(f"{out},{x_term}->{y_term[::-1]}", cotangent, x).T
+    else:
+        dy = product(f"{x_term},{out}->{y_term}", x, cotangent)
     return dx.astype(x.dtype), dy.astype(y.dtype)
 
 
@@ -75,6 +78,24 @@ def _backward_quantised(equation, y, cotangent):
 
 
 _contract_quantised.defvjp(_forward_quantised, _backward_quantised)
+
+
+def transposed(equation: str, small: Float[Array, "..."], large: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A product over the rows of both operands, whose result will be transposed: "NR,NI->RI".
+
+    One operand of such a product has to be transposed in memory, and it is the first. The compiler, which sees the
+    transposed result, would otherwise change their places.
+
+    Args:
+        equation: an einsum of two operands.
+        small: the first operand.
+        large: the second one.
+    Returns:
+        float32.
+    """
+    return jax.lax.optimization_barrier(
+        jnp.einsum(equation, small, large, preferred_element_type=jnp.float32)
+    )
 
 
 def _terms(equation: str) -> tuple[str, str, str]:

@@ -9,14 +9,14 @@ Which one when, and why, is in docs/attention.md.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlora.core.products import contract
+from jaxlora.core.products import contract, transposed
 from jaxlora.models.blockwise import blockwise
 from jaxlora.models.kernels import kernel
 from jaxlora.models.places import MASKED, Places, visible
@@ -127,29 +127,75 @@ def plain(
         float32 [B, T, H, h]. Queries that see no key (padding) return the mean of v.
     """
     batch, time, heads, width = q.shape
-    groups = heads // k.shape[2]
-    q = q.reshape(batch, time, k.shape[2], groups, width)
-    scores = contract("BTKGh,BSKh->BKGTS", q, k) * width**-0.5
-    scores = jnp.where(mask[:, None, None, :, :], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1)
-    out = contract("BKGTS,BSKh->BTKGh", weights.astype(v.dtype), v)
-    return out.reshape(batch, time, heads, width)
+    grouped = q.reshape(batch, time, k.shape[2], -1, width).transpose(0, 2, 3, 1, 4)
+    out: Any = _plain(grouped, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, None, None, :, :])
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, width)
 
 
-def rotate(x: Float[Array, "B T X h"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T X h"]:
-    """Rotary position embedding in float32, halves rotated as in Hugging Face's layout.
+@jax.custom_vjp
+def _plain(q, k, v, mask):
+    """q [B, K, G, T, h], k and v [B, K, S, h], mask [B, 1, 1, T, S]: heads before time, as scores have them."""
+    return _plain_forward(q, k, v, mask)[0]
+
+
+def _plain_forward(q, k, v, mask):
+    scores = _scores(q, k, mask)
+    highest = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - highest[..., None]).astype(v.dtype)
+    total = jnp.sum(weights, axis=-1, dtype=jnp.float32)
+    # Divided here, and not in the weights, of which there are S for each of the h of these.
+    out = contract("BKGTS,BKSh->BKGTh", weights, v) / total[..., None]
+    return out, (q, k, v, mask, out, highest, total)
+
+
+def _plain_backward(residuals, cotangent):
+    q, k, v, mask, out, highest, total = residuals
+    weights = jnp.exp(_scores(q, k, mask) - highest[..., None]).astype(v.dtype)
+    slope = (cotangent / total[..., None]).astype(q.dtype)
+    inner = jnp.sum(out * slope, axis=-1)
+    dweights = contract("BKGTh,BKSh->BKGTS", slope, v) - inner[..., None]
+    dscores = jnp.where(mask, weights * dweights * q.shape[-1] ** -0.5, 0.0).astype(q.dtype)
+    dq = contract("BKGTS,BKSh->BKGTh", dscores, k)
+    dk, dv = transposed("BKGTh,BKGTS->BKhS", q, dscores), transposed("BKGTh,BKGTS->BKhS", slope, weights)
+    return dq.astype(q.dtype), dk.swapaxes(2, 3).astype(k.dtype), dv.swapaxes(2, 3).astype(v.dtype), None
+
+
+_plain.defvjp(_plain_forward, _plain_backward)
+
+
+def _scores(q, k, mask):
+    scores = contract("BKGTh,BKSh->BKGTS", q, k) * q.shape[-1] ** -0.5
+    return jnp.where(mask, scores, MASKED)
+
+
+class Rotation(NamedTuple):
+    """The angles by which a row's queries and keys are turned; the same for all layers.
+
+    Attributes:
+        cos, sin: of each token's position times each of the wavelengths' frequencies, float32.
+    """
+
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+
+
+def rotation(positions: Int[Array, "B T"], head_dim: int, theta: float) -> Rotation:
+    """The angles of rotary position embedding.
 
     Args:
-        x: queries or keys.
         positions: position of each token within its example.
+        head_dim: h.
         theta: base of the geometric series of wavelengths (`rope_theta`).
-    Returns:
-        As x, in x's dtype.
     Source: Su et al. 2021 (RoFormer), section 3.4.2.
     """
-    half = x.shape[-1] // 2
+    half = head_dim // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: Float[Array, "B T X h"], by: Rotation) -> Float[Array, "B T X h"]:
+    """Rotary position embedding in float32, halves rotated as in Hugging Face's layout; in x's dtype."""
+    cos, sin = (angle[:, :, None, :] for angle in by)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

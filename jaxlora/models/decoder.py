@@ -17,19 +17,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxlora.core.kept import kept
 from jaxlora.core.products import contract
 from jaxlora.core.quantised import Quantised
-from jaxlora.models.attention import Attention, attention, rotate
+from jaxlora.models.attention import Attention, attention, rotate, rotation
 from jaxlora.models.places import Places
 from jaxlora.models.spec import DecoderSpec
 
 REMAT_POLICIES = {
     "none": None,  # keep every activation
-    "dots": jax.checkpoint_policies.save_only_these_names("projection"),  # keep the projections' outputs
-    "full": jax.checkpoint_policies.nothing_saveable,  # keep each layer's input alone
+    "dots": jax.checkpoint_policies.save_only_these_names(
+        "layer_input", "projection"
+    ),  # keep the projections' outputs
+    "full": jax.checkpoint_policies.save_only_these_names("layer_input"),  # keep each layer's input alone
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # the same, in the host's memory
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=["layer_input"],
@@ -75,7 +77,7 @@ class Projection(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
             y = y + bias.astype(jnp.float32)[None, None, :]
-        return checkpoint_name(y.astype(self.dtype), "projection")
+        return kept(y.astype(self.dtype), "projection")
 
 
 def _dropout(x: Float[Array, "..."], rate: Float[Array, ""] | float, key: Array) -> Float[Array, "..."]:
@@ -103,7 +105,7 @@ class SelfAttention(nn.Module):
     how: Attention
 
     @nn.compact
-    def __call__(self, x, queries, keys, write_at, lora_dropout):
+    def __call__(self, x, turned, queries, keys, write_at, lora_dropout):
         spec, dtype = self.spec, self.dtype
 
         def project(name: str, features: int, use_bias: bool, inputs):
@@ -113,8 +115,8 @@ class SelfAttention(nn.Module):
             y = project(name, count * spec.head_dim, spec.qkv_bias, x)
             return y.reshape(*y.shape[:2], count, spec.head_dim)
 
-        q = rotate(heads("q_proj", spec.num_heads), queries.positions, spec.rope_theta)
-        k = rotate(heads("k_proj", spec.num_kv_heads), queries.positions, spec.rope_theta)
+        q = rotate(heads("q_proj", spec.num_heads), turned)
+        k = rotate(heads("k_proj", spec.num_kv_heads), turned)
         v = heads("v_proj", spec.num_kv_heads)
         if write_at is not None:
             k, v = self._remember("k", k, write_at), self._remember("v", v, write_at)
@@ -159,13 +161,13 @@ class Block(nn.Module):
     how: Attention
 
     @nn.compact
-    def __call__(self, x, queries, keys, write_at, lora_dropout):
+    def __call__(self, x, turned, queries, keys, write_at, lora_dropout):
         if self.activation_sharding is not None:
             x = jax.lax.with_sharding_constraint(x, self.activation_sharding)
-        x = checkpoint_name(x, "layer_input")
+        x = kept(x, "layer_input")
         norm = RMSNorm(self.spec.rms_norm_eps, self.dtype, name="input_layernorm")(x)
         x = x + SelfAttention(self.spec, self.dtype, self.how, name="self_attn")(
-            norm, queries, keys, write_at, lora_dropout
+            norm, turned, queries, keys, write_at, lora_dropout
         )
         norm = RMSNorm(self.spec.rms_norm_eps, self.dtype, name="post_attention_layernorm")(x)
         return x + MLP(self.spec, self.dtype, name="mlp")(norm, lora_dropout), None
@@ -230,11 +232,12 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0, "lora": 0, "cache": 0, "written": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast,) * 4,  # pyright: ignore[reportArgumentType]  (Flax's annotation forgets it)
+            in_axes=(nn.broadcast,) * 5,  # pyright: ignore[reportArgumentType]  (Flax's annotation forgets it)
             length=self.spec.num_layers,
         )(self.spec, self.dtype, self.activation_sharding, self.attention, name="layers")
         x = jnp.take(embedding, tokens, axis=0)
-        x, _ = layers(x, queries, keys, write_at, lora_dropout)
+        turned = rotation(positions, self.spec.head_dim, self.spec.rope_theta)
+        x, _ = layers(x, turned, queries, keys, write_at, lora_dropout)
         return RMSNorm(self.spec.rms_norm_eps, self.dtype, name="norm")(x)
 
     def _table(self, key: Array) -> Float[Array, "V D"]:

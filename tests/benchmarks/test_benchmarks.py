@@ -54,7 +54,7 @@ def missing(monkeypatch):
 # ---- each runs, and says what it ran on ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["attention", "evaluate", "generate", "loss", "roofline"])
+@pytest.mark.parametrize("name", ["attention", "evaluate", "generate", "hotspots", "loss", "roofline"])
 def test_a_toy_runs(name, monkeypatch, tmp_path, capsys):
     told = run(name, monkeypatch, tmp_path)
     assert told["command"].startswith(f"python -m benchmarks.{name} --toy")

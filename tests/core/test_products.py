@@ -30,6 +30,23 @@ def test_value_and_gradients_are_those_of_einsum(equation):
         np.testing.assert_allclose(mine, reference, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 4), (4, 96)])
+def test_no_gradient_transposes_the_larger_of_its_operands(inputs, outputs):
+    """A gradient over rows is a product with one operand transposed: rows of 4, and not of 96."""
+    x, y = jnp.ones((2, 64, inputs), jnp.bfloat16), jnp.ones((inputs, outputs), jnp.bfloat16)
+    weigh = jnp.ones((2, 64, outputs), jnp.bfloat16)
+    gradient = jax.grad(lambda y, x, w: jnp.sum(contract("BTI,IO->BTO", x, y) * w))
+    text = jax.jit(gradient).lower(y, x, weigh).compile().as_text()
+    moved = [
+        line.split(" = ")[1].split("{")[0]
+        for line in text.splitlines()
+        if " copy(" in line or " transpose(" in line
+    ]
+    sizes = [int(np.prod([int(n) for n in shape.split("[")[1].rstrip("]").split(",")])) for shape in moved]
+    assert sizes, "the small one was transposed"
+    assert max(sizes) == 2 * 64 * 4
+
+
 def test_bfloat16_operands_keep_a_float32_result_and_each_gradient_its_own_dtype():
     x = jax.random.normal(jax.random.key(0), (8, 32), jnp.bfloat16)
     y = jax.random.normal(jax.random.key(1), (32, 4), jnp.float32)
