@@ -23,10 +23,10 @@ TAKES = {"none": 4_000, "dots": 3_000, "full": 2_000, "offload": 1_000}
 def fit(monkeypatch):
     """fit(size, platform) fits a run with model.remat = auto into so many bytes; tells what was compiled too."""
 
-    def fit(size: int, platform: str, remat: str = "auto") -> tuple[memory.Fitted, list[str]]:
+    def fit(size: int, platform: str, remat: str = "auto", dtype: str = "bfloat16") -> tuple[memory.Fitted, list[str]]:
         config = Config.from_dict(
             {
-                "model": {"path": "x", "remat": remat},
+                "model": {"path": "x", "remat": remat, "dtype": dtype},
                 "data": {"train": "x"},
                 "train": {"batch_size": 8, "micro_batch_size": 8},
                 "eval": {"batch_size": 1},
@@ -60,15 +60,23 @@ def fit(monkeypatch):
     return fit
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize(
+    ("platform", "dtype", "order"),
+    [
+        ("tpu", "bfloat16", ["none", "dots", "full", "offload"]),
+        ("cpu", "bfloat16", ["dots", "full"]),
+        ("cpu", "float32", ["none", "dots", "full"]),
+    ],
+)
 @pytest.mark.parametrize("policy", TAKES)
-def test_auto_is_the_fastest_policy_that_fits(fit, capsys, policy, platform):
-    if policy == "offload" and platform == "cpu":
-        with pytest.raises(InputError, match=r"set --config.train.micro_batch_size=4"):
-            fit(TAKES[policy], platform)
+def test_auto_is_the_fastest_policy_that_fits(fit, capsys, policy, platform, dtype, order):
+    if policy not in order:
+        if policy == "offload":
+            with pytest.raises(InputError, match=r"set --config.train.micro_batch_size=4"):
+                fit(TAKES[policy], platform, dtype=dtype)
         return
-    found, tried = fit(TAKES[policy], platform)
-    assert tried == list(TAKES)[: list(TAKES).index(policy) + 1]
+    found, tried = fit(TAKES[policy], platform, dtype=dtype)
+    assert tried == order[: order.index(policy) + 1]
     assert found.config.model.remat == policy
     assert found.needs["training"] == TAKES[policy]
     assert found.programs.train == Lowered(TAKES[policy], 0, 10**9)

@@ -128,7 +128,10 @@ def policies(config: Config, model: Model) -> tuple[str, ...]:
     """The values of model.remat to try, the fastest first."""
     if config.model.remat != "auto":
         return (config.model.remat,)
-    return ("none", "dots", "full", *(("offload",) if offloads(model.mesh) else ()))
+    if offloads(model.mesh):
+        return ("none", "dots", "full", "offload")
+    # On a CPU the many arrays that "none" keeps in bfloat16 cost more than to compute them again (`core.kept`).
+    return ("dots", "full") if config.model.dtype == "bfloat16" else ("none", "dots", "full")
 
 
 class FittedEvaluation(NamedTuple):
