@@ -13,6 +13,7 @@ FLOORS = (
     {"jaxlora.training.metrics"},  # the names that a config may ask for
     {
         "jaxlora.config.keys",
+        "jaxlora.config.profiled",
         "jaxlora.config.contradictions",
         "jaxlora.config.schema",
         "jaxlora.models",

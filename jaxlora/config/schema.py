@@ -372,15 +372,11 @@ KEYS: dict[str, Key] = {
 
 
 def defaults() -> dict[str, Any]:
-    """What each key is where a config does not set it, nested; without the keys that have to be set.
-
-    A folder may be older than a key: its run was then what the key's default stands for.
-    """
+    """What each key is that a config does not set, nested; so it was in folders that are older than the key."""
     nested: dict[str, Any] = {name: {} for name in SECTIONS}
     for key in KEYS.values():
-        section = nested[key.path.rpartition(".")[0]] if "." in key.path else nested
         if not key.required:
-            section[key.name] = key.default
+            (nested[key.path.rpartition(".")[0]] if "." in key.path else nested)[key.name] = key.default
     return nested
 
 

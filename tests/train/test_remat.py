@@ -23,7 +23,9 @@ TAKES = {"none": 4_000, "dots": 3_000, "full": 2_000, "offload": 1_000}
 def fit(monkeypatch):
     """fit(size, platform) fits a run with model.remat = auto into so many bytes; tells what was compiled too."""
 
-    def fit(size: int, platform: str, remat: str = "auto", dtype: str = "bfloat16") -> tuple[memory.Fitted, list[str]]:
+    def fit(
+        size: int, platform: str, remat: str = "auto", dtype: str = "bfloat16"
+    ) -> tuple[memory.Fitted, list[str]]:
         config = Config.from_dict(
             {
                 "model": {"path": "x", "remat": remat, "dtype": dtype},

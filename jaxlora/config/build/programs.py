@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlora.config.build.inputs import Model
 from jaxlora.config.schema import Config
+from jaxlora.core.allocator import give_back
 from jaxlora.core.compilation import compiler_options
 from jaxlora.core.errors import InputError
 from jaxlora.core.prng import named
@@ -266,7 +267,9 @@ def compile_all(model: Model, lowered: Sequence[jax.stages.Lowered]) -> list[jax
             return None
 
     with ThreadPoolExecutor(len(lowered)) as pool:  # XLA compiles outside Python's lock
-        return list(pool.map(compiled, lowered))
+        made = list(pool.map(compiled, lowered))
+    give_back()
+    return made
 
 
 def _shapes(state: TrainState) -> TrainState:
