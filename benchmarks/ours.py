@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.shapes import ALPHA, CLIP_NORM, LEARNING_RATE, RANK, WEIGHT_DECAY, random_bits
-from jaxlora.config.build import programs
+from jaxlora.config.build import memory, programs
 from jaxlora.config.build.inputs import Model, attention_platform
 from jaxlora.config.schema import Config
 from jaxlora.core.tree import unflatten
@@ -52,9 +52,11 @@ class OurStep:
     """The compiled train step of one micro-batch on the first device.
 
     Args:
-        spec: the base. rows, length: of a step's batch. dtype: of the base. remat: a policy of the decoder.
+        spec: the base. rows, length: of a step's batch. dtype: of the base. remat: a policy of the decoder, or
+            "auto" for the first that a run with that value tries on the device.
         attention: its kind.
     Attributes:
+        remat: the policy.
         config, model, compiled: as a run has them. `compiled` is made when it is first asked for; it is None where the
             step does not fit the device.
     """
@@ -81,9 +83,10 @@ class OurStep:
             }
         )  # fmt: skip
         device = jax.devices()[0]
-        how = Attention(attention, attention_platform(device))
-        decoder = Decoder(spec, remat=remat, dtype=jnp.dtype(dtype), attention=how)
-        self.model = Model(None, spec, decoder, make_mesh((1, 1, 1), [device]))  # type: ignore[arg-type]
+        how, mesh = Attention(attention, attention_platform(device)), make_mesh((1, 1, 1), [device])
+        self.remat = memory.policies(self.config, mesh)[0]
+        decoder = Decoder(spec, remat=self.remat, dtype=jnp.dtype(dtype), attention=how)
+        self.model = Model(None, spec, decoder, mesh)  # type: ignore[arg-type]
 
     _steps = 10_000  # of the schedule; more than any benchmark does
 

@@ -13,7 +13,8 @@ from jaxlora.data.batches import Batches, Examples
 
 def build(job: dict[str, Any]) -> Side:
     shape = spec(job["shape"])
-    ours = OurStep(shape, job["rows"], job["length"], job["dtype"], job["remat"])
+    remat = "auto" if job["remat"] == "none" else job["remat"]  # where one may keep all, it need not
+    ours = OurStep(shape, job["rows"], job["length"], job["dtype"], remat)
     if ours.compiled is None:
         raise MemoryError("the compiled step does not fit the device")
     step = ours.starter(random_base(shape, job["dtype"]))
@@ -42,6 +43,7 @@ def build(job: dict[str, Any]) -> Side:
 
     memory: Any = ours.compiled.memory_analysis()
     facts = {
+        "remat": ours.remat,
         "device": jax.devices()[0].device_kind,
         "temporaries": memory.temp_size_in_bytes if memory else None,
     }

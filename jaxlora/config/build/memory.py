@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from jax.sharding import Mesh
+
 from jaxlora.config.build.inputs import HeldOut, Model, offloads
 from jaxlora.config.build.programs import Programs
 from jaxlora.config.build.works import (
@@ -106,7 +108,7 @@ def settled(
     Returns:
         The config with the policy that it came to, and what was compiled, in the order of `works`.
     """
-    policy, *slower = policies(config, model)
+    policy, *slower = policies(config, model.mesh)
     asked, config = config, changed(config, "model", remat=policy)
     train, *others = attempts(model, *works(config, model, state, answers))
     for policy in slower:
@@ -124,11 +126,11 @@ def settled(
     return config, [train, *others]
 
 
-def policies(config: Config, model: Model) -> tuple[str, ...]:
+def policies(config: Config, mesh: Mesh) -> tuple[str, ...]:
     """The values of model.remat to try, the fastest first."""
     if config.model.remat != "auto":
         return (config.model.remat,)
-    if offloads(model.mesh):
+    if offloads(mesh):
         return ("none", "dots", "full", "offload")
     # On a CPU the many arrays that "none" keeps in bfloat16 cost more than to compute them again (`core.kept`).
     return ("dots", "full") if config.model.dtype == "bfloat16" else ("none", "dots", "full")

@@ -146,7 +146,7 @@ def fit(form: Form, trials: int, at_once: int, answers: Answers | None, progress
     have = capacity(form.config.mesh.memory_gb, form.model.mesh.devices.flat)
     wanted = min(at_once or trials, trials)
     attempt, asked = None, form
-    for policy in memory.policies(form.config, form.model):
+    for policy in memory.policies(form.config, form.model.mesh):
         form = dataclasses.replace(form, config=works.changed(form.config, "model", remat=policy))
         with progress.stage(f"compiling training, {_trials(wanted)} at once"):
             (attempt,) = works.attempts(form.model, (training(form), wanted))
