@@ -1,7 +1,5 @@
 """Values that a rematerialised layer may keep for its backward pass."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -17,12 +15,14 @@ def kept(x: Float[Array, "..."], name: str) -> Float[Array, "..."]:
     return _bits_kept(name, x) if x.dtype == jnp.bfloat16 else checkpoint_name(x, name)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _bits_kept(name, x):
+def _by_bits(name, x):
     bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)
     return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
+_bits_kept = jax.custom_jvp(_by_bits, nondiff_argnums=(0,))
+
+
 @_bits_kept.defjvp
 def _through(name, primals, tangents):
-    return _bits_kept.fun(name, *primals), tangents[0]
+    return _by_bits(name, *primals), tangents[0]
