@@ -139,18 +139,17 @@ def _plain(q, k, v, mask):
 
 
 def _plain_forward(q, k, v, mask):
-    scores = _scores(q, k, mask)
-    highest = jnp.max(scores, axis=-1)
-    weights = jnp.exp(scores - highest[..., None]).astype(v.dtype)
+    scores = contract("BKGTh,BKSh->BKGTS", q, k) * q.shape[-1] ** -0.5
+    scores = jnp.where(mask, scores, MASKED)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)).astype(v.dtype)
     total = jnp.sum(weights, axis=-1, dtype=jnp.float32)
     # Divided here, and not in the weights, of which there are S for each of the h of these.
     out = contract("BKGTS,BKSh->BKGTh", weights, v) / total[..., None]
-    return out, (q, k, v, mask, out, highest, total)
+    return out, (q, k, v, mask, out, weights, total)
 
 
 def _plain_backward(residuals, cotangent):
-    q, k, v, mask, out, highest, total = residuals
-    weights = jnp.exp(_scores(q, k, mask) - highest[..., None]).astype(v.dtype)
+    q, k, v, mask, out, weights, total = residuals
     slope = (cotangent / total[..., None]).astype(q.dtype)
     inner = jnp.sum(out * slope, axis=-1)
     dweights = contract("BKGTh,BKSh->BKGTS", slope, v) - inner[..., None]
@@ -161,11 +160,6 @@ def _plain_backward(residuals, cotangent):
 
 
 _plain.defvjp(_plain_forward, _plain_backward)
-
-
-def _scores(q, k, mask):
-    scores = contract("BKGTh,BKSh->BKGTS", q, k) * q.shape[-1] ** -0.5
-    return jnp.where(mask, scores, MASKED)
 
 
 class Rotation(NamedTuple):
