@@ -91,7 +91,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "train__max_steps": 8,
         "eval__every": 2,
         "eval__batch_size": 64,
-        "mesh__memory_gb": 0.006,
+        "mesh__memory_gb": 0.0052,
         "checkpoint__every": 100,
         "checkpoint__keep": 1,
         "checkpoint__best": 3,

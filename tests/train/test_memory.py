@@ -216,10 +216,10 @@ def test_a_smaller_eval_batch_changes_no_number_and_no_config(project, run, call
     assert first.code == 0, first.err
     assert "preempted: asked to leave at step 5" in first.out
     assert "evaluation: eval.batch_size = 64 would take " in first.out
-    assert " and a device has 6.00 MB (mesh.memory_gb): 32 rows at once, " in first.out
+    assert " and a device has 5.20 MB (mesh.memory_gb): 32 rows at once, " in first.out
     (row,) = (line for line in first.out.splitlines() if line.strip().startswith("memory"))
     assert "training " in row
-    assert row.endswith("; a device has 6.00 MB (mesh.memory_gb)")
+    assert row.endswith("; a device has 5.20 MB (mesh.memory_gb)")
     assert call(arguments).code == 0
     assert json.loads((workdir / "config.json").read_text())["eval"]["batch_size"] == 64
     assert curves(workdir) == curves(run("few"))
