@@ -7,8 +7,8 @@ on little questions about the letters of a word: repeat it, reverse it, move its
 seen pig latin; here an adapter learns it ("Say string in pig latin." -> "ingstray"), and is asked about words that
 neither it nor the base has been trained on. make.py in that folder made all of it.
 
-Hardware: any CPU; 60 seconds on two cores of an AMD EPYC with nothing compiled before (99 seconds of CPU time in
-all). Exact match on the 200 held-out questions goes from 0 % to 99 %, eval/nll from 5.59 to 0.007.
+Hardware: any CPU; 61 seconds on two cores with nothing compiled before (101 seconds of CPU time in all). Exact match on
+the 200 held-out questions goes from 0 % to 100 %, eval/nll from 5.59 to 0.006.
 """
 
 from pathlib import Path
