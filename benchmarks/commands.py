@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.shapes import SHAPES
+
 
 def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
     """A benchmark's arguments: those that all of the measuring ones have."""
@@ -44,6 +46,25 @@ def choices(allowed: Iterable[str]) -> Callable[[str], list[str]]:
         return chosen
 
     return some
+
+
+def add_step(parser: argparse.ArgumentParser, *shapes: str) -> None:
+    """Adds what says which of our train steps is looked at; `shapes` are those of the default."""
+    parser.add_argument("--shapes", type=choices(SHAPES), default=list(shapes), help=f"({','.join(shapes)})")
+    parser.add_argument("--rows", type=positive, default=4, help="in a step (4)")
+    parser.add_argument("--length", type=positive, default=256, help="of a row (256)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--remat", type=choices(("none", "dots", "full")), default=["full"], help="policies (full)"
+    )
+
+
+def step_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was typed for a parser with `add_step`; of a toy, sizes that take seconds."""
+    arguments = parser.parse_args()
+    if arguments.toy:
+        arguments.shapes, arguments.rows, arguments.length = ["toy"], 2, 64
+    return arguments
 
 
 def absent(**packages: str) -> str | None:

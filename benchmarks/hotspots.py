@@ -20,7 +20,7 @@ import jax
 
 from benchmarks import commands, report
 from benchmarks.ours import OurStep, filled, random_base
-from benchmarks.shapes import SHAPES, spec
+from benchmarks.shapes import spec
 
 _MADE = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (\S+) ")
 _PASSES = (("rematted_computation", "again"), ("transpose(", "backward"))
@@ -132,17 +132,9 @@ def tell(title: str, spots: list[Spot], kinds: Mapping[str, float], top: int) ->
 
 def main() -> None:
     parser = commands.parser(__doc__, rounds=1)
-    parser.add_argument("--shapes", type=commands.choices(SHAPES), default=["135M"], help="(135M)")
-    parser.add_argument("--rows", type=commands.positive, default=4, help="in a step (4)")
-    parser.add_argument("--length", type=commands.positive, default=256, help="of a row (256)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument(
-        "--remat", type=commands.choices(("none", "dots", "full")), default=["full"], help="policies (full)"
-    )
+    commands.add_step(parser, "135M")
     parser.add_argument("--top", type=commands.positive, default=20, help="instructions to name (20)")
-    arguments = parser.parse_args()
-    if arguments.toy:
-        arguments.shapes, arguments.rows, arguments.length = ["toy"], 2, 64
+    arguments = commands.step_arguments(parser)
     told, where, results = report.Report("hotspots", arguments), report.device(), {}
     for shape in arguments.shapes:
         for remat in arguments.remat:

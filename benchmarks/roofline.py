@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks import commands, report, timing
 from benchmarks.ours import OurStep, filled, random_base
-from benchmarks.shapes import SHAPES, spec
+from benchmarks.shapes import spec
 from benchmarks.traffic import moved
 from jaxlora.config.build import programs
 from jaxlora.models import flops
@@ -123,16 +123,8 @@ def tell(title: str, found: Mapping[str, Any]) -> None:
 
 def main() -> None:
     parser = commands.parser(__doc__, rounds=5)
-    parser.add_argument("--shapes", type=commands.choices(SHAPES), default=["40M", "135M"], help="(40M,135M)")
-    parser.add_argument("--rows", type=commands.positive, default=4, help="in a step (4)")
-    parser.add_argument("--length", type=commands.positive, default=256, help="of a row (256)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument(
-        "--remat", type=commands.choices(("none", "dots", "full")), default=["full"], help="policies (full)"
-    )
-    arguments = parser.parse_args()
-    if arguments.toy:
-        arguments.shapes, arguments.rows, arguments.length = ["toy"], 2, 64
+    commands.add_step(parser, "40M", "135M")
+    arguments = commands.step_arguments(parser)
     told, where, results = report.Report("roofline", arguments), report.device(), {}
     for shape in arguments.shapes:
         for remat in arguments.remat:

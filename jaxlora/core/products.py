@@ -48,7 +48,9 @@ def _backward(equation, operands, cotangent):
     cotangent = cotangent.astype(x.dtype)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     dx = product(f"{out},{y_term}->{x_term}", cotangent, y.astype(x.dtype))
-    if y.ndim == 2 and x.size > cotangent.size:
+    if (
+        y.ndim == 2 and x.size > cotangent.size
+    ):  # as that of A: its rows are long, and a cotangent's are of the rank
         dy = transposed(f"{out},{x_term}->{y_term[::-1]}", cotangent, x).T
     else:
         dy = product(f"{x_term},{out}->{y_term}", x, cotangent)

@@ -28,10 +28,10 @@ from jaxlora.models.spec import DecoderSpec
 
 REMAT_POLICIES = {
     "none": None,  # keep every activation
-    "dots": jax.checkpoint_policies.save_only_these_names(
-        "layer_input", "projection"
-    ),  # keep the projections' outputs
-    "full": jax.checkpoint_policies.save_only_these_names("layer_input"),  # keep each layer's input alone
+    # keep the projections' outputs
+    "dots": jax.checkpoint_policies.save_only_these_names("layer_input", "projection"),
+    # keep each layer's input alone
+    "full": jax.checkpoint_policies.save_only_these_names("layer_input"),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # the same, in the host's memory
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=["layer_input"],

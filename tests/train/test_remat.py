@@ -62,27 +62,35 @@ def fit(monkeypatch):
     return fit
 
 
+ORDERS = {
+    ("tpu", "bfloat16"): ["none", "dots", "full", "offload"],
+    ("cpu", "bfloat16"): ["dots", "full"],
+    ("cpu", "float32"): ["none", "dots", "full"],
+}
+
+
 @pytest.mark.parametrize(
-    ("platform", "dtype", "order"),
-    [
-        ("tpu", "bfloat16", ["none", "dots", "full", "offload"]),
-        ("cpu", "bfloat16", ["dots", "full"]),
-        ("cpu", "float32", ["none", "dots", "full"]),
-    ],
+    ("platform", "dtype", "policy"), [(*where, policy) for where, order in ORDERS.items() for policy in order]
 )
-@pytest.mark.parametrize("policy", TAKES)
-def test_auto_is_the_fastest_policy_that_fits(fit, capsys, policy, platform, dtype, order):
-    if policy not in order:
-        if policy == "offload":
-            with pytest.raises(InputError, match=r"set --config.train.micro_batch_size=4"):
-                fit(TAKES[policy], platform, dtype=dtype)
-        return
+def test_auto_is_the_fastest_policy_that_fits(fit, capsys, policy, platform, dtype):
     found, tried = fit(TAKES[policy], platform, dtype=dtype)
+    order = ORDERS[platform, dtype]
     assert tried == order[: order.index(policy) + 1]
     assert found.config.model.remat == policy
     assert found.needs["training"] == TAKES[policy]
     assert found.programs.train == Lowered(TAKES[policy], 0, 10**9)
     assert f"model.remat = 'auto' is '{policy}': training takes " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_where_no_policy_fits_a_smaller_micro_batch_is_named(fit, dtype):
+    with pytest.raises(InputError, match=r"set --config.train.micro_batch_size=4"):
+        fit(TAKES["offload"], "cpu", dtype=dtype)
+
+
+def test_a_cpu_is_not_given_what_is_slow_there_however_much_fits(fit):
+    found, tried = fit(TAKES["none"], "cpu")
+    assert (found.config.model.remat, tried) == ("dots", ["dots"])
 
 
 def test_a_policy_that_was_asked_for_is_not_changed(fit, capsys):
