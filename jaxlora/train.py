@@ -200,7 +200,7 @@ def _fine_tune(
         with _leaving_on_request(progress, notify, checkpoints, int(state.step)) as asked:
             mine = traced if exchange.first() else range(0)
             profile = Profile(mine, run.tensorboard, progress.say, progress.stage)
-            program = Program(compiled.train, base, ready.batch, ready.rollback, profile)
+            program = Program(compiled.train, base, ready.batch, ready.rollback, profile, profile.seen)
             progress.begin(int(state.step))
             try:
                 with profile.open():

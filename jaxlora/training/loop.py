@@ -173,6 +173,7 @@ class Program:
         batch: step number -> its batch on the devices.
         rollback: carries a rollback out: (verdict, any state of the run) -> the state to go on from.
         traced: makes a step: (its number, what gives it to the device) -> what the latter returns.
+        seen: takes the number of a step whose results the host has.
     """
 
     step: Callable[[TrainState, Any, Mapping[str, Any]], tuple[TrainState, Any]]
@@ -180,6 +181,7 @@ class Program:
     batch: Callable[[int], Mapping[str, Any]]
     rollback: Callable[[Rollback, TrainState], TrainState]
     traced: Callable[[int, Callable[[], Any]], Any] = lambda step, make: make()
+    seen: Callable[[int], None] = lambda step: None
 
 
 def train(program: Program, course: Course, state: TrainState) -> tuple[TrainState, Stop]:
@@ -207,10 +209,11 @@ def train(program: Program, course: Course, state: TrainState) -> tuple[TrainSta
             now = program.batch(wish) if batch is None else batch
             state, sums = program.traced(wish, functools.partial(program.step, state, program.base, now))
             batch = program.batch(wish + 1) if wish < course.total_steps else None
-            wish = advance(steps, Made(lambda sums=sums: _numbers(sums), sums.rows_nll))
+            wish = advance(steps, Made(functools.partial(_numbers, sums, wish, program.seen), sums.rows_nll))
     return state, wish
 
 
-def _numbers(sums: Any) -> dict[str, float]:
+def _numbers(sums: Any, step: int, seen: Callable[[int], None]) -> dict[str, float]:
     scalars = jax.device_get(sums._replace(rows_nll=0.0))
+    seen(step)
     return {name: float(value) for name, value in scalars._asdict().items()}

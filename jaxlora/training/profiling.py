@@ -42,21 +42,28 @@ class Profile:
             step: its number.
             make: gives the device the step; returns its arrays.
         Returns:
-            What `make` does. After the last step to trace, only once the device has made it.
+            What `make` does.
         """
-        if self._over:
-            return make()
-        if self._first is None and step in self._steps:
+        if self._first is None and not self._over and step in self._steps:
             self._start(step)
-        if self._first is None:
+        if not self._tracing or step not in self._steps:
             return make()
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             made = make()
         self._last = step
-        if step == self._steps[-1]:
-            jax.block_until_ready(made)  # or the trace would end before the step
-            self._stop()
         return made
+
+    def seen(self, step: int) -> None:
+        """Takes the number of each step whose results the host has: the last one to trace is made by then.
+
+        To wait for it earlier would hand the time of two steps to one of them, and none to the other.
+        """
+        if self._tracing and step == self._steps[-1]:
+            self._stop()
+
+    @property
+    def _tracing(self) -> bool:
+        return self._first is not None and not self._over
 
     @contextmanager
     def open(self) -> Iterator["Profile"]:
@@ -66,7 +73,7 @@ class Profile:
             if self._first is None and not self._over:
                 self._say(f"not profiled: the run did not come to step {self._steps[0]}")
         finally:
-            if self._first is not None and not self._over:
+            if self._tracing:
                 self._stop()
 
     def _start(self, step: int) -> None:

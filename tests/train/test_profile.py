@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from jaxlora.data.batches import Batches
-from tests.train.commands import assert_same
+from tests.train.commands import assert_same, last_step
 
 STOPS_EARLY = {"optim__learning_rate": 0.1, "train__max_steps": 60, "eval__every": 2, "stop__patience": 2}
 
@@ -51,6 +51,19 @@ def test_steps_are_traced_and_the_run_is_the_same(project, call, tmp_path):
     assert re.search(r"to go on +python -m jaxlora\.train (?!.*--profile)", ended.out)
     assert_same(profiled, plain)
     assert traced(plain) == []
+
+
+def test_nothing_is_waited_for_to_end_a_trace(project, call, tmp_path, monkeypatch):
+    """Or the step before the last would seem to take two steps' time, and the last one none."""
+    workdir, ended, stop = tmp_path / "run", [], jax.profiler.stop_trace
+
+    def stopping():
+        ended.append(last_step(workdir))
+        stop()
+
+    monkeypatch.setattr(jax.profiler, "stop_trace", stopping)
+    assert call([*project.arguments(workdir, eval__every=6), "--profile", "3:4"]).code == 0
+    assert ended == [3]  # the numbers of step 3 were looked at, and told, in their turn
 
 
 @pytest.mark.parametrize(
