@@ -21,10 +21,12 @@ from typing import Any
 
 from benchmarks import commands, report, timing
 from benchmarks.train_vs_peft import QUICKSTART
+from jaxlora.core.imports import without_torch
 
 
 def child(arguments: Namespace) -> None:
     """One pass over the data; prints seconds by part, and what came of it."""
+    without_torch()  # as every command does
     from jaxlora.data.batches import Batches, prepare
     from jaxlora.data.chat import ChatEncoder, load_tokenizer
     from jaxlora.data.sources import load_conversations

@@ -1,17 +1,24 @@
 """A train step of ours, in a process of its own; started by `benchmarks.train_vs_peft`."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from benchmarks.children import Side, serve
-from benchmarks.ours import OurStep, filled, random_base
 from benchmarks.shapes import spec
-from jaxlora.data.batches import Batches, Examples
+from jaxlora.core.compilation import use_persistent_cache
+from jaxlora.core.imports import without_torch
+
+if TYPE_CHECKING:  # what asks for torch is imported once commands would have hidden it
+    from jaxlora.data.batches import Batches
 
 
 def build(job: dict[str, Any]) -> Side:
+    without_torch()  # both as every command does
+    use_persistent_cache()
+    from benchmarks.ours import OurStep, filled, random_base
+
     shape = spec(job["shape"])
     remat = "auto" if job["remat"] == "none" else job["remat"]  # where one may keep all, it need not
     ours = OurStep(shape, job["rows"], job["length"], job["dtype"], remat)
@@ -50,8 +57,10 @@ def build(job: dict[str, Any]) -> Side:
     return Side(run, device_peak, facts)
 
 
-def conversations(job: dict[str, Any]) -> Batches:
+def conversations(job: dict[str, Any]) -> "Batches":
     """The packed batches of conversations that the parent has encoded."""
+    from jaxlora.data.batches import Batches, Examples
+
     with np.load(job["examples"]) as stored:
         arrays = {name: stored[name] for name in ("ids", "trained", "offsets", "source_rows")}
     examples = Examples(

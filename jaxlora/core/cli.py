@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from jaxlora.core.errors import InputError
+from jaxlora.core.imports import without_torch
 
 EXIT_OK, EXIT_FAILED, EXIT_INPUT = 0, 1, 2
 EXIT_INTERRUPTED = 130  # what shells give a command that SIGINT ended
@@ -19,6 +20,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     request, exit code 130. Any other exception keeps its traceback and
     Python's exit code 1: it is a defect or a failing machine, and the traceback is what a report needs.
     """
+    without_torch()
     try:
         code = main(sys.argv[1:])
     except InputError as error:

@@ -8,7 +8,6 @@ tokenised with the parsing of special tokens switched off.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +15,6 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
-
-# Said at its import, and of no use to anyone here: that models are not available without PyTorch.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
