@@ -126,7 +126,7 @@ def _in_chunks(
         total = jnp.sum(exponentials, axis=-1)
         lse = top + jnp.log(total)
         right = _of_targets(logits, y, spread)
-        mean = jnp.sum(h.astype(jnp.float32) * mean_row[None, None, :], axis=-1)
+        mean = jnp.sum(h.astype(jnp.float32) * _for_each(mean_row, h), axis=-1)
         smoothed = lse - (1.0 - smoothing) * right - smoothing * mean
         objective = objective + jnp.sum(jnp.where(w > 0, w * smoothed, 0.0))
         # The likeliest token is the target where the target's logit is the row's largest.
@@ -135,12 +135,12 @@ def _in_chunks(
             return objective, (losses, None)
         # d/dz = w (softmax - (1 - s) onehot - s / V). The onehot is taken off before the product: where softmax is
         # near one, what is left is small, and is rounded as a small number; the mean is one row for all tokens.
-        onehot = y[..., None] == jnp.arange(logits.shape[-1])[None, None, :]
+        onehot = y[..., None] == _for_each(jnp.arange(logits.shape[-1]), logits)
         slope = exponentials / total[..., None] - jnp.where(onehot, 1.0 - smoothing, 0.0)
         slope = (w[..., None] * slope).astype(h.dtype)
-        gradient = jnp.einsum("BCV,VD->BCD", slope, head, preferred_element_type=jnp.float32)
+        gradient = jnp.einsum("...V,VD->...D", slope, head, preferred_element_type=jnp.float32)
         gradient = at(gradient, spread and spread.rows)
-        gradient = gradient - w[..., None] * smoothing * mean_row[None, None, :]
+        gradient = gradient - w[..., None] * smoothing * _for_each(mean_row, h)
         return objective, (losses, gradient.astype(h.dtype))
 
     start = jnp.zeros((), jnp.float32)
@@ -191,21 +191,26 @@ def token_metrics(
 
 
 def _logits(
-    h: Float[Array, "B C D"], head: Float[Array, "V D"], spread: Spread | None
-) -> Float[Array, "B C V"]:
-    logits = jnp.einsum("BCD,VD->BCV", h, head, preferred_element_type=jnp.float32)
+    h: Float[Array, "*N D"], head: Float[Array, "V D"], spread: Spread | None
+) -> Float[Array, "*N V"]:
+    logits = jnp.einsum("...D,VD->...V", h, head, preferred_element_type=jnp.float32)
     return at(logits, spread and spread.logits)
 
 
 def _of_targets(
-    logits: Float[Array, "B C V"], targets: Int[Array, "B C"], spread: Spread | None
-) -> Float[Array, "B C"]:
+    logits: Float[Array, "*N V"], targets: Int[Array, "*N"], spread: Spread | None
+) -> Float[Array, "*N"]:
     """The logit of each token's target."""
     if spread is None:
         return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     # Picking by index would bring all words of a token to one device; a sum of zeros and one logit is exact.
-    chosen = targets[..., None] == jnp.arange(logits.shape[-1])[None, None, :]
+    chosen = targets[..., None] == _for_each(jnp.arange(logits.shape[-1]), logits)
     return jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+
+
+def _for_each(row: Array, x: Float[Array, "*N _"]) -> Array:
+    """A row [n] as [1, .., 1, n], with as many axes as x."""
+    return jnp.expand_dims(row, tuple(range(x.ndim - 1)))
 
 
 GROUP = 32
@@ -220,17 +225,19 @@ def _group(vocabulary: int, spread: Spread | None) -> int:
     return next(size for size in range(GROUP, 0, -1) if own % size == 0)
 
 
-def _sums(*terms: Float[Array, "B C V"], group: int = GROUP) -> list[Float[Array, "B C"]]:
+def _sums(*terms: Float[Array, "*N V"], group: int = GROUP) -> list[Float[Array, "*N"]]:
     """Sums over the vocabulary, all in one pass.
 
     XLA adds the terms of several sums one after the other, and a small term is lost beside a large sum: 150,000
     improbable words beside a certain one left out half of an nll of 0.004. So groups of words are added up first.
     """
-    padding = -terms[0].shape[-1] % group
-    grouped = [jnp.pad(x, ((0, 0), (0, 0), (0, padding))) for x in terms]
-    grouped = [x.reshape(*x.shape[:2], -1, group) for x in grouped]
+    *tokens, words = terms[0].shape
+    padding = [(0, 0)] * len(tokens) + [(0, -words % group)]
+    grouped = [jnp.pad(x, padding).reshape(*tokens, -1, group) for x in terms]
     zeros = (jnp.zeros((), jnp.float32),) * len(terms)
-    groups = jax.lax.reduce(tuple(grouped), zeros, lambda a, b: jax.tree.map(jnp.add, a, b), (3,))
+    groups = jax.lax.reduce(
+        tuple(grouped), zeros, lambda a, b: jax.tree.map(jnp.add, a, b), (len(tokens) + 1,)
+    )
     return [jnp.sum(group, axis=-1) for group in groups]
 
 
@@ -240,7 +247,7 @@ def _over_chunks(
     """Scans over stretches of time of all rows, about `chunk` tokens each, or so many for each of the spread's parts.
 
     Args:
-        one: (carry, inputs of a chunk [B, C, ...]) -> (carry, outputs [B, C, ...]).
+        one: (carry, inputs of a chunk [B, C, ...]) -> (carry, outputs [B, C, ...]); without a spread, [B C, ...].
         start: the first carry.
         inputs: arrays [B, T, ...].
     Returns:
@@ -259,7 +266,12 @@ def _over_chunks(
         return jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :time]
 
     def placed(carry, chunk):
-        return one(carry, jax.tree.map(lambda x: at(x, spread and spread.tokens), chunk))
+        if spread is not None:
+            return one(carry, jax.tree.map(lambda x: at(x, spread.tokens), chunk))
+        # As one axis of tokens, which is how products come out: only where the shapes are the same does XLA's CPU
+        # backend write the exponentials over the logits.
+        carry, outputs = one(carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), chunk))
+        return carry, jax.tree.map(lambda x: x.reshape(rows, stretch, *x.shape[1:]), outputs)
 
     carry, outputs = jax.lax.scan(placed, start, jax.tree.map(split, inputs))
     return carry, jax.tree.map(join, outputs)
