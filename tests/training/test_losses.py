@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlora.training.losses import cross_entropy, token_metrics
+from jaxlora.core.compilation import compiler_options
+from jaxlora.training.losses import CHUNK, cross_entropy, token_metrics
 
 
 def problem(rows=3, time=11, width=8, vocabulary=37, seed=0, dtype=jnp.float32):
@@ -106,6 +107,20 @@ def test_memory_is_one_chunks_whatever_the_number_of_tokens(smoothing):
     short, long = temporary_bytes(512), temporary_bytes(4096)
     assert long < 4096 * vocabulary * 4 / 8  # an eighth of one dense float32 logits array
     assert long - short < 3 * (4096 - 512) * width * 4  # what grows is hidden states and their gradient
+
+
+def test_a_chunk_has_its_logits_once():
+    """In float32, and their slope in bfloat16: exponentials take the logits' place (on a CPU, as the step asks)."""
+    rows, time, vocabulary, width = 4, 256, 50_000, 32
+    shapes = (
+        jax.ShapeDtypeStruct((rows, time, width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((vocabulary, width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((rows, time), jnp.int32),
+        jax.ShapeDtypeStruct((rows, time), jnp.float32),
+    )
+    loss = jax.jit(jax.value_and_grad(cross_entropy, has_aux=True))
+    compiled = loss.lower(*shapes).compile(compiler_options=compiler_options("cpu"))
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.05 * CHUNK * vocabulary * (4 + 2)
 
 
 def test_smoothing_costs_no_memory():
