@@ -26,10 +26,10 @@ from jaxlora.core.imports import without_torch
 
 def child(arguments: Namespace) -> None:
     """One pass over the data; prints seconds by part, and what came of it."""
-    without_torch()  # as every command does
-    from jaxlora.data.batches import Batches, prepare
-    from jaxlora.data.chat import ChatEncoder, load_tokenizer
-    from jaxlora.data.sources import load_conversations
+    with without_torch():  # as every command does
+        from jaxlora.data.batches import Batches, prepare
+        from jaxlora.data.chat import ChatEncoder, load_tokenizer
+        from jaxlora.data.sources import load_conversations
 
     encoder = ChatEncoder(load_tokenizer(str(arguments.tokenizer)))
     marks = [time.perf_counter()]

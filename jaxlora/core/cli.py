@@ -20,9 +20,9 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     request, exit code 130. Any other exception keeps its traceback and
     Python's exit code 1: it is a defect or a failing machine, and the traceback is what a report needs.
     """
-    without_torch()
     try:
-        code = main(sys.argv[1:])
+        with without_torch():
+            code = main(sys.argv[1:])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_INPUT)

@@ -2,17 +2,19 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
 ASKING = ("datasets", "transformers")  # whether torch is there, once, at their import
 
 
-def without_torch() -> None:
-    """From here on, datasets and transformers take torch for not installed; whoever else imports it gets it.
+@contextmanager
+def without_torch() -> Iterator[None]:
+    """While open, datasets and transformers are imported as if torch were not installed; others may import it.
 
     transformers imports torch wherever it finds it, for models; only its tokenizers serve here. That takes a second and
     180 MB, and has no switch (transformers 5). It asks once in a process, so this decides for the whole of one: it is
@@ -20,16 +22,18 @@ def without_torch() -> None:
     """
     # Said at its import, and of no use to anyone here: that models are not available without torch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    finder = _Finder()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
 
 
 class _Finder(MetaPathFinder):
     """Finds the modules that ask, as Python would, and has them loaded while torch is hidden."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(fullname, path, target) if fullname in ASKING else None
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module

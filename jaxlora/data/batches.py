@@ -1,7 +1,6 @@
 """Encoded examples in flat arrays, and batches of them as a pure function of (seed, step)."""
 
 import copy
-import gc
 import hashlib
 import json
 import os
@@ -9,7 +8,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from datasets import config as datasets_config
 
+from jaxlora.core.allocator import rare_collections
 from jaxlora.core.errors import InputError, LayoutError
 from jaxlora.data.chat import ChatEncoder, Encoded
 from jaxlora.data.packing import efficiency, pack
@@ -154,7 +153,7 @@ def prepare(
     path = _cache_folder(cache) / f"{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]}.npz"
     arrays = _read_cache(path)
     if arrays is None:
-        with _rare_collections():
+        with rare_collections():
             arrays = _encode(source, encoder, max_length, progress)
         _write_cache(path, arrays)
     counts = [int(count) for count in arrays.pop("counts")]
@@ -164,21 +163,6 @@ def prepare(
         raise LayoutError(f"every conversation of {examples.name} loses all its trained tokens at data.max_length "
                           f"{max_length:,}; raise it")  # fmt: skip
     return examples
-
-
-@contextmanager
-def _rare_collections() -> Iterator[None]:
-    """While open, Python looks for cycles of garbage a hundred times more rarely.
-
-    It looks whenever so many objects were made, at ever more of all there are; encoding makes thousands a second, none
-    of them in cycles. That took an eighth of its time.
-    """
-    before = gc.get_threshold()
-    gc.set_threshold(100_000, 50, 50)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 def _encode(
