@@ -267,7 +267,7 @@ def _over_chunks(
 
     def placed(carry, chunk):
         if spread is not None:
-            return one(carry, jax.tree.map(lambda x: at(x, spread.tokens), chunk))
+            return one(carry, jax.tree.map(partial(at, placement=spread.tokens), chunk))
         # As one axis of tokens, which is how products come out: only where the shapes are the same does XLA's CPU
         # backend write the exponentials over the logits.
         carry, outputs = one(carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), chunk))
