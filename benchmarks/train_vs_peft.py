@@ -11,6 +11,9 @@ each dtype and with each side in its best one; and the peak memory of each proce
 process began and while it was timed, allocated memory on a GPU. Conversations: ours packs them, PEFT's batches are as
 many conversations as there are rows, padded to the longest, as TRL's are by default; what counts is no padding.
 
+Each side keeps what it compiled, as its users have it: ours in jaxlora's compilation cache, torch's in its own. What
+compiling leaves in memory is therefore a part of a first run's peaks.
+
 Without remat, ours is what model.remat = "auto" tries first: on a CPU, in bfloat16, "dots".
 
 It needs torch and peft: pip install torch==2.13.0 peft. Without them ours alone is measured.
