@@ -62,7 +62,7 @@ class ModelConfig(Section):
     attention: str = setting(
         "auto",
         "how attention is computed; 'auto' goes by platform and length",
-        keys.one_of("auto", "plain", "blockwise", "splash", "cudnn"),
+        keys.one_of("auto", "plain", "blockwise", "sparse", "splash", "cudnn"),
     )
 
     @property

@@ -1,5 +1,7 @@
 """Values that a rematerialised layer may keep for its backward pass."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -15,9 +17,22 @@ def kept(x: Float[Array, "..."], name: str) -> Float[Array, "..."]:
     return _bits_kept(name, x) if x.dtype == jnp.bfloat16 else checkpoint_name(x, name)
 
 
+def bits(x: Array) -> Array:
+    """An array as it is; of bfloat16 its bits, as integers.
+
+    For what moves pieces of a large array: XLA's CPU backend, which has no bfloat16 of its own, would cut a piece out
+    of one by converting all of it.
+    """
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def floats(x: Array, dtype: Any) -> Array:
+    """What `bits` made of an array of this dtype, as it was."""
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+
+
 def _by_bits(name, x):
-    bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)
-    return jax.lax.bitcast_convert_type(bits, x.dtype)
+    return floats(checkpoint_name(bits(x), name), x.dtype)
 
 
 _bits_kept = jax.custom_jvp(_by_bits, nondiff_argnums=(0,))

@@ -2,6 +2,7 @@
 
     plain      the formula, with all scores [B, H, T, S] in memory
     blockwise  the same in blocks, linear in T (`blockwise.py`); XLA, on any platform
+    sparse     the blocks alone that a row's examples need, one after the other (`sparse.py`); XLA, for CPUs
     splash     a Pallas kernel for TPUs (`kernels.py`)
     cudnn      cuDNN's flash attention for NVIDIA GPUs (`kernels.py`)
 
@@ -27,6 +28,9 @@ LONG = 2048
 KERNEL_FROM = 512
 """Tokens in a row from which on a kernel of the platform's own is used, where there is one."""
 
+SPARSE_FROM = 256
+"""Tokens in a row from which on a CPU computes what the row's examples need alone."""
+
 MASK_UP_TO = 8192
 """The longest row for which cuDNN's mask, 2 T^2 bytes a row, is worth its memory."""
 
@@ -38,7 +42,7 @@ class Attention:
     """How a decoder attends.
 
     Attributes:
-        kind: "auto", "plain", "blockwise", "splash" or "cudnn".
+        kind: "auto", "plain", "blockwise", "sparse", "splash" or "cudnn".
         platform: what programs are compiled for: "cpu", "tpu", "gpu", or "cuda" for a GPU that cuDNN's kernels run on.
         sharding: placement of the queries [B, T, H, h], rows and heads, for kernels; None for one device.
         interpret: run splash attention's definition, on any platform; for tests.
@@ -76,6 +80,8 @@ class Attention:
             return "plain" if self.kind == "plain" else by_length
         if self.kind != "auto":
             return self.kind
+        if self.platform == "cpu":
+            return "sparse" if time >= SPARSE_FROM else "plain"
         for kind, longest in (("splash", None), ("cudnn", MASK_UP_TO)):
             there = Attention(kind, self.platform).refusal(head_dim, dtype) is None
             if there and KERNEL_FROM <= time <= (longest or time):

@@ -1,8 +1,8 @@
 """Attention by kernels that others keep: TPU splash attention (Pallas), and cuDNN's flash attention on NVIDIA GPUs.
 
-Both see whole rows whose keys are the queries' own. Examples are contiguous within a row and positions restart at each,
-so causal by index within a segment is causal by position, and the window likewise. Padding is a segment as any other to
-these kernels: it sees padding, nobody else sees it, and what comes out for it carries no loss.
+Both, and `sparse.py`, see whole rows whose keys are the queries' own. Examples are contiguous within a row and
+positions restart at each, so causal by index within a segment is causal by position, and the window likewise. Padding
+is a segment as any other to them: it sees padding, nobody else sees it, and what comes out for it carries no loss.
 """
 
 import math
@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxlora.models.blockwise import pad_time
+from jaxlora.models.sparse import sparse
 
 _LANES = 128  # of a TPU's vector registers: rows are cut into blocks of multiples of it
 _LARGEST_BLOCK = 512
@@ -138,8 +139,9 @@ def _copies(heads: int, kv_heads: int, shares: int) -> int | None:
 
 
 def kernel(kind: str, window: int | None, placement: NamedSharding | None, interpret: bool) -> Kernel:
-    """The kernel of a kind ("splash" or "cudnn"), on as many devices as `placement` has."""
+    """What computes a kind ("sparse", "splash" or "cudnn") for whole rows, on as many devices as `placement` has."""
     chosen = {
+        "sparse": partial(sparse, window=window),
         "splash": partial(splash, window=window, interpret=interpret),
         "cudnn": partial(cudnn, window=window),
     }

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxlora.core.kept import bits, floats
 from jaxlora.core.spread import Spread, at
 
 CHUNK = 128
@@ -244,34 +245,58 @@ def _sums(*terms: Float[Array, "*N V"], group: int = GROUP) -> list[Float[Array,
 def _over_chunks(
     one: Callable[..., Any], start: Any, inputs: tuple[Any, ...], chunk: int, spread: Spread | None
 ) -> Any:
-    """Scans over stretches of time of all rows, about `chunk` tokens each, or so many for each of the spread's parts.
+    """Scans over the tokens, about `chunk` of them at once, or so many for each of the spread's parts.
+
+    Tokens that have a weight come first, and chunks without any are not computed: nothing of a prompt or of padding is
+    ever multiplied with the head. A spread's tokens stay in their rows, whose stretches are as long for all.
 
     Args:
-        one: (carry, inputs of a chunk [B, C, ...]) -> (carry, outputs [B, C, ...]); without a spread, [B C, ...].
+        one: (carry, inputs of a chunk [B, C, ...]) -> (carry, outputs [B, C, ...]); without a spread, [C, ...].
         start: the first carry.
-        inputs: arrays [B, T, ...].
+        inputs: arrays [B, T, ...]; the last are the weights.
     Returns:
-        (last carry, outputs [B, T, ...]).
+        (last carry, outputs [B, T, ...]), zero for tokens without a weight.
     """
+    shape = inputs[0].shape[:2]
+    if (
+        spread is None
+    ):  # As one row, and below as one axis, which is how products come out: only where the shapes are
+        # the same does XLA's CPU backend write the exponentials over the logits.
+        inputs = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), inputs)
     rows, time = inputs[0].shape[:2]
     tokens = chunk * (spread.parts if spread else 1)
     stretch = min(max(1, tokens // rows), time)  # positions of every row that make up a chunk
     padding = -time % stretch
+    order = jnp.argsort(inputs[-1] <= 0, axis=1, stable=True)
 
     def split(x):  # [B, T, ...] -> [chunks, B, C, ...]
+        x = _along_time(x, order)
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(rows, -1, stretch, *x.shape[2:]), 1, 0)
 
     def join(x):  # its inverse
-        return jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :time]
+        x = jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :time]
+        x = _along_time(x, jnp.argsort(order, axis=1))
+        return x.reshape(*shape, *x.shape[2:])
 
     def placed(carry, chunk):
         if spread is not None:
             return one(carry, jax.tree.map(partial(at, placement=spread.tokens), chunk))
-        # As one axis of tokens, which is how products come out: only where the shapes are the same does XLA's CPU
-        # backend write the exponentials over the logits.
-        carry, outputs = one(carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), chunk))
-        return carry, jax.tree.map(lambda x: x.reshape(rows, stretch, *x.shape[1:]), outputs)
+        carry, outputs = one(carry, jax.tree.map(lambda x: x[0], chunk))
+        return carry, jax.tree.map(lambda x: x[None], outputs)
 
-    carry, outputs = jax.lax.scan(placed, start, jax.tree.map(split, inputs))
+    def skipped(carry, chunk):
+        shapes = jax.eval_shape(placed, carry, chunk)[1]
+        return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def where_trained(carry, chunk):
+        return jax.lax.cond(jnp.any(chunk[-1] > 0), placed, skipped, carry, chunk)
+
+    carry, outputs = jax.lax.scan(where_trained, start, jax.tree.map(split, inputs))
     return carry, jax.tree.map(join, outputs)
+
+
+def _along_time(x: Array, order: Int[Array, "B T"]) -> Array:
+    """[B, T, ...] with each row's tokens in this order."""
+    taken = jnp.take_along_axis(bits(x), order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
+    return floats(taken, x.dtype)

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlora.models.attention import KERNEL_FROM, LONG, MASK_UP_TO, Attention, attention
+from jaxlora.models import sparse as sparse_module
+from jaxlora.models.attention import KERNEL_FROM, LONG, MASK_UP_TO, SPARSE_FROM, Attention, attention
 from jaxlora.models.blockwise import blockwise
 from jaxlora.models.decoder import Decoder
 from jaxlora.models.places import Places
+from jaxlora.models.sparse import sparse
 from jaxlora.models.spec import DecoderSpec
 from jaxlora.parallel.mesh import make_mesh
 from jaxlora.parallel.sharding import attention_sharding
 
-BLOCKWISE, SPLASH = Attention("blockwise"), Attention("splash", interpret=True)
+BLOCKWISE, SPARSE = Attention("blockwise"), Attention("sparse")
+SPLASH = Attention("splash", interpret=True)
 
 
 def packed(rows: int, time: int, *lengths: int) -> Places:
@@ -82,7 +85,7 @@ def plain_and(places, arrays, window, *others):
 def test_values_and_gradients_are_the_plain_formulas(heads, window):
     """Packed rows with padding, of a length that no block divides, several blocks long."""
     places = packed(2, 600, 300, 3, 200)
-    plain, *others = plain_and(places, drawn(2, 600, heads, 6), window, BLOCKWISE, SPLASH)
+    plain, *others = plain_and(places, drawn(2, 600, heads, 6), window, BLOCKWISE, SPARSE, SPLASH)
     for other in others:
         assert_same(other, plain, 1e-5)
 
@@ -122,10 +125,12 @@ def test_blocks_of_any_size(block, window):
     places = packed(3, 100, 41, 20, 17)
     arrays = drawn(3, 100, (4, 2), 6)
     (plain,) = plain_and(places, arrays, window)
-    other = values_and_gradients(
-        partial(blockwise, queries=places, keys=None, window=window, block=block), arrays, places
-    )
-    assert_same(other, plain, 1e-5)
+    for compute in (
+        partial(blockwise, queries=places, keys=None),
+        partial(sparse, segments=places.segments),
+    ):
+        found = values_and_gradients(partial(compute, window=window, block=block), arrays, places)
+        assert_same(found, plain, 1e-5)
 
 
 def test_keys_of_a_cache_in_blocks():
@@ -145,6 +150,25 @@ def test_keys_of_a_cache_in_blocks():
     assert_same(other, plain, 1e-5)
 
 
+def test_scores_that_no_example_needs_are_not_made(monkeypatch):
+    """Of 8 blocks of 16 queries, each meets the blocks from that of its first example's beginning on, and no others."""
+    made: list[int] = []
+    whole = sparse_module._scores
+
+    def counted(q, near):
+        jax.debug.callback(lambda: made.append(near.keys.shape[1] // 16))
+        return whole(q, near)
+
+    monkeypatch.setattr(sparse_module, "_scores", counted)
+    places = packed(
+        1, 128, 16, 40, 20
+    )  # blocks 0 | 1 to 3, whose last half is the third example's | 3, 4 | padding
+    q, k, v, _ = drawn(1, 128, (2, 1), 8)
+    jax.jit(partial(sparse, window=None, block=16))(q, k, v, places.segments).block_until_ready()
+    jax.effects_barrier()
+    assert sorted(made) == sorted([1, 1, 2, 3, 2, 1, 1, 1])
+
+
 @pytest.mark.slow
 def test_bfloat16_is_as_close_as_the_plain_formula():
     """All are bfloat16 products with float32 sums: none is much further from float32 than another."""
@@ -157,7 +181,7 @@ def test_bfloat16_is_as_close_as_the_plain_formula():
             name: float(jnp.sqrt(jnp.mean((found[name].astype(jnp.float32) - exact[name]) ** 2)))
             for name in exact
         }
-        for found in plain_and(places, narrow, None, BLOCKWISE, SPLASH)
+        for found in plain_and(places, narrow, None, BLOCKWISE, SPARSE, SPLASH)
     )
     for errors in others:
         for name, error in plain.items():
@@ -172,6 +196,7 @@ def test_bfloat16_is_as_close_as_the_plain_formula():
     [
         ("splash", (2, 2, 2), (4, 2)),
         ("blockwise", (2, 2, 2), (4, 2)),
+        ("sparse", (2, 2, 2), (4, 2)),
         pytest.param("splash", (1, 2, 4), (4, 2), marks=pytest.mark.slow),  # half a key head each
         pytest.param("splash", (1, 4, 2), (3, 1), marks=pytest.mark.slow),  # heads that do not divide
         pytest.param("splash", (8, 1, 1), (2, 1), marks=pytest.mark.slow),
@@ -202,7 +227,7 @@ SPEC = DecoderSpec(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("how", [BLOCKWISE, SPLASH], ids=lambda how: how.kind)
+@pytest.mark.parametrize("how", [BLOCKWISE, SPARSE, SPLASH], ids=lambda how: how.kind)
 def test_a_packed_row_equals_its_examples_alone(how):
     decoder = Decoder(SPEC, dtype=jnp.float32, attention=how)
     places = packed(1, 130, 70, 50)
@@ -228,8 +253,10 @@ def test_a_packed_row_equals_its_examples_alone(how):
 @pytest.mark.parametrize(
     ("how", "time", "keys", "own", "kind"),
     [
-        (Attention(), LONG - 1, LONG - 1, True, "plain"),
-        (Attention(), LONG, LONG, True, "blockwise"),
+        (Attention(), SPARSE_FROM - 1, SPARSE_FROM - 1, True, "plain"),
+        (Attention(), SPARSE_FROM, SPARSE_FROM, True, "sparse"),
+        (Attention(), 256, 32_768, False, "blockwise"),
+        (Attention(platform="gpu"), LONG - 1, LONG - 1, True, "plain"),
         (Attention(platform="gpu"), LONG, LONG, True, "blockwise"),
         (Attention(platform="tpu"), KERNEL_FROM - 1, KERNEL_FROM - 1, True, "plain"),
         (Attention(platform="tpu"), KERNEL_FROM, KERNEL_FROM, True, "splash"),
@@ -269,8 +296,9 @@ def compiled(kind: str, time: int):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, Places(ids, ids)).compile()
 
 
-def test_memory_of_blocks_is_linear_in_the_length_of_a_row():
-    sizes = {time: compiled("blockwise", time) for time in (1024, 2048, 4096)}
+@pytest.mark.parametrize("kind", ["blockwise", "sparse"])
+def test_memory_of_blocks_is_linear_in_the_length_of_a_row(kind):
+    sizes = {time: compiled(kind, time) for time in (1024, 2048, 4096)}
     memory = [program.memory_analysis().temp_size_in_bytes for program in sizes.values()]
     assert memory[1] < 2.1 * memory[0]
     assert memory[2] < 2.1 * memory[1]

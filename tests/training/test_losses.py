@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlora.core.compilation import compiler_options
+from jaxlora.training import losses as losses_module
 from jaxlora.training.losses import CHUNK, cross_entropy, token_metrics
 
 
@@ -68,6 +69,29 @@ def test_untrained_tokens_count_nothing_even_where_their_hidden_states_are_broke
     objective, losses = cross_entropy(broken, unembed, targets, weights)
     np.testing.assert_allclose(objective, cross_entropy(hidden, unembed, targets, weights)[0], rtol=1e-6)
     assert np.isfinite(losses.nll).all()
+
+
+@pytest.mark.parametrize(("trained", "chunks"), [(0, 0), (1, 1), (8, 1), (9, 2), (40, 5)])
+def test_tokens_without_a_weight_meet_no_head(monkeypatch, trained, chunks):
+    """Wherever they stand in their rows: so many chunks of 8 tokens are multiplied as the trained ones fill."""
+    made: list[int] = []
+    whole = losses_module._logits
+
+    def counted(h, head, spread):
+        jax.debug.callback(lambda: made.append(len(h)))
+        return whole(h, head, spread)
+
+    monkeypatch.setattr(losses_module, "_logits", counted)
+    hidden, unembed, targets, _ = problem(4, 10)
+    weights = np.zeros(40, np.float32)
+    weights[np.random.default_rng(0).permutation(40)[:trained]] = 1.0
+    run = functools.partial(cross_entropy, weights=jnp.asarray(weights).reshape(4, 10), chunk=8)
+    (objective, _), gradient = jax.value_and_grad(run, has_aux=True)(hidden, unembed, targets)
+    jax.effects_barrier()
+    assert made == [8] * chunks
+    assert np.count_nonzero(np.any(gradient != 0, axis=-1)) == trained
+    expected = dense(hidden, unembed, targets, weights.reshape(4, 10), 0.0)[0]
+    np.testing.assert_allclose(objective, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_objective_scales_its_gradient():
