@@ -49,12 +49,13 @@ def filled(rows: int, length: int, vocabulary: int, examples: int = 1) -> dict[s
 
 
 class OurStep:
-    """The compiled train step of one micro-batch on the first device.
+    """The compiled train step on the first device.
 
     Args:
         spec: the base. rows, length: of a step's batch. dtype: of the base. remat: a policy of the decoder, or
             "auto" for the first that a run with that value tries on the device.
         attention: its kind.
+        at_once: rows of a micro-batch; all by default.
     Attributes:
         remat: the policy.
         config, model, compiled: as a run has them. `compiled` is made when it is first asked for; it is None where the
@@ -69,7 +70,9 @@ class OurStep:
         dtype: str = "bfloat16",
         remat: str = "full",
         attention: str = "auto",
+        at_once: int | None = None,
     ):
+        self._micro_batches = rows // (at_once or rows)
         self.config = Config.from_dict(
             {
                 "model": {"path": "none", "remat": remat, "dtype": dtype},
@@ -79,7 +82,7 @@ class OurStep:
                     "warmup_steps": 1,
                 },
                 "data": {"train": "none", "max_length": length},
-                "train": {"batch_size": rows, "micro_batch_size": rows},
+                "train": {"batch_size": rows, "micro_batch_size": at_once or rows},
             }
         )  # fmt: skip
         device = jax.devices()[0]
@@ -98,7 +101,7 @@ class OurStep:
 
     def put(self, batch: dict[str, np.ndarray]) -> Any:
         """A host batch on the device, as a run puts it there."""
-        return programs.put_batch(self.model, 1)(batch)
+        return programs.put_batch(self.model, self._micro_batches)(batch)
 
     def starter(self, base: dict[str, Any]) -> Callable[[Any], Any]:
         """A function that does one step on a placed batch and hands out its sums; the state stays inside."""

@@ -21,7 +21,8 @@ def build(job: dict[str, Any]) -> Side:
 
     shape = spec(job["shape"])
     remat = "auto" if job["remat"] == "none" else job["remat"]  # where one may keep all, it need not
-    ours = OurStep(shape, job["rows"], job["length"], job["dtype"], remat)
+    at_once = min(job["rows"], job["at_once"])
+    ours = OurStep(shape, job["rows"], job["length"], job["dtype"], remat, at_once=at_once)
     if ours.compiled is None:
         raise MemoryError("the compiled step does not fit the device")
     step = ours.starter(random_base(shape, job["dtype"]))

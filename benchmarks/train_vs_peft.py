@@ -9,7 +9,8 @@ weights, LoRA of rank 16 on all linear layers, AdamW and remat, in every dtype t
 of each, in turn. Reported are tokens/s and the ratio to the fastest of PEFT's, medians and ranges over the rounds, in
 each dtype and with each side in its best one; and the peak memory of each process: resident memory on a CPU, since the
 process began and while it was timed, allocated memory on a GPU. Conversations: ours packs them, PEFT's batches are as
-many conversations as there are rows, padded to the longest, as TRL's are by default; what counts is no padding.
+many conversations as there are rows, padded to the longest, as TRL's are by default; what counts is no padding. Of a
+step with more rows than --at-once, ours computes so many at a time (train.micro_batch_size, whose default is 8 too).
 
 Each side keeps what it compiled, as its users have it: ours in jaxlora's compilation cache, torch's in its own. What
 compiling leaves in memory is therefore a part of a first run's peaks.
@@ -64,7 +65,7 @@ def measure(
             module,
             {
                 "shape": shape, "dtype": dtype, "remat": remat, "rows": arguments.rows, "length": arguments.length,
-                "steps": arguments.steps, "examples": examples, "compile": compiled,
+                "steps": arguments.steps, "at_once": arguments.at_once, "examples": examples, "compile": compiled,
             },
         )
         for (name, (module, compiled)), dtype in itertools.product(sides(arguments).items(), arguments.dtypes)
@@ -219,6 +220,9 @@ def parse() -> Namespace:
         default=2048 if ON_GPU else 256,
         help="of a row (2048 or, on a CPU, 256)",
     )
+    parser.add_argument(
+        "--at-once", type=commands.positive, default=8, help="rows that ours computes at a time (8)"
+    )
     parser.add_argument("--steps", type=commands.positive, default=4, help="in a round (4)")
     dtypes = ("bfloat16", "float32")
     parser.add_argument(
@@ -252,6 +256,8 @@ def parse() -> Namespace:
         help="folder of their tokenizer (the quickstart's)",
     )
     arguments = parser.parse_args()
+    if arguments.rows > arguments.at_once and arguments.rows % arguments.at_once:
+        parser.error(f"--rows {arguments.rows} is no multiple of --at-once {arguments.at_once}")
     for file in (arguments.conversations, arguments.tokenizer):
         if file is not None and not file.exists():
             parser.error(f"there is no {file}")

@@ -12,13 +12,14 @@ is rematerialised by a named policy.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from jaxlora.core.adapted import Low, adapted
 from jaxlora.core.kept import kept
 from jaxlora.core.products import contract
 from jaxlora.core.quantised import Quantised
@@ -53,36 +54,68 @@ _kernel_init = nn.initializers.normal(0.02)
 
 
 class Projection(nn.Module):
-    """y = (x W (+ (dropout(x) a) b)) (* gain) (+ bias), summed in float32, returned in the base's dtype."""
+    """One matrix and what stands beside it; `project` multiplies with it.
+
+    Attributes:
+        features: O.
+        use_bias: whether the base has one.
+        dtype: of the base.
+    """
 
     features: int
     use_bias: bool
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T I"], lora_dropout: Dropout | None) -> Float[Array, "B T O"]:
+    def __call__(self, inputs: int) -> "Weights":
+        """The arrays of a projection of so many inputs."""
         kernel: Any = self.get_variable("params", "kernel")
         if not isinstance(kernel, Quantised):  # whose arrays are not of the shape that is checked here
-            kernel = self.param("kernel", _kernel_init, (x.shape[-1], self.features), self.dtype)
-        y = contract("BTI,IO->BTO", x, kernel)
+            kernel = self.param("kernel", _kernel_init, (inputs, self.features), self.dtype)
+        low, gain, bias = None, None, None
         if self.has_variable("lora", "a"):
-            a: Any = self.get_variable("lora", "a")
-            b: Any = self.get_variable("lora", "b")
-            if lora_dropout is not None:
-                x = _dropout(x, lora_dropout[str(self.name)], self.make_rng("dropout"))
-            y = y + contract("BTR,RO->BTO", contract("BTI,IR->BTR", x, a).astype(x.dtype), b)
-            if self.has_variable("lora", "gain"):
-                gain: Any = self.get_variable("lora", "gain")
-                y = y * gain[None, None, :]
+            low = Low(self.get_variable("lora", "a"), self.get_variable("lora", "b"))
+            gain = self.get_variable("lora", "gain")
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
+        return Weights(kernel, low, gain, bias)
+
+    def dropped(self, x: Float[Array, "B T I"], rates: Dropout) -> Float[Array, "B T I"]:
+        """x with elements zeroed at this projection's rate, the others scaled up."""
+        rate = rates[str(self.name)]
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - rate, x.shape)
+        return jnp.where(kept, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+class Weights(NamedTuple):
+    """Of a projection: kernel [I, O], its adapter, and the [O] that are multiplied and added last; None for none."""
+
+    kernel: Any
+    low: Low | None
+    gain: Any
+    bias: Any
+
+
+def project(
+    x: Float[Array, "B T I"], lora_dropout: Dropout | None, *projections: Projection
+) -> list[Float[Array, "B T _"]]:
+    """y = (x W (+ (dropout(x) a) b)) (* gain) (+ bias) of each, summed in float32, returned in the base's dtype."""
+    weights = [projection(x.shape[-1]) for projection in projections]
+    if lora_dropout is None:
+        products = adapted(x, [each.kernel for each in weights], [each.low for each in weights])
+    else:
+        products = [contract("BTI,IO->BTO", x, each.kernel) for each in weights]
+    found = []
+    for projection, y, (_, low, gain, bias) in zip(projections, products, weights, strict=True):
+        if lora_dropout is not None and low is not None:  # then each has an input of its own
+            low_rank = contract("BTI,IR->BTR", projection.dropped(x, lora_dropout), low.a)
+            y = y + contract("BTR,RO->BTO", low_rank.astype(x.dtype), low.b)
+        if gain is not None:
+            y = y * gain[None, None, :]
+        if bias is not None:
             y = y + bias.astype(jnp.float32)[None, None, :]
-        return kept(y.astype(self.dtype), "projection")
-
-
-def _dropout(x: Float[Array, "..."], rate: Float[Array, ""] | float, key: Array) -> Float[Array, "..."]:
-    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(kept, x / (1.0 - rate), 0.0).astype(x.dtype)
+        found.append(kept(y.astype(x.dtype), "projection"))
+    return found
 
 
 class RMSNorm(nn.Module):
@@ -108,20 +141,23 @@ class SelfAttention(nn.Module):
     def __call__(self, x, turned, queries, keys, write_at, lora_dropout):
         spec, dtype = self.spec, self.dtype
 
-        def project(name: str, features: int, use_bias: bool, inputs):
-            return Projection(features, use_bias, dtype, name=name)(inputs, lora_dropout)
-
         def heads(name: str, count: int):
-            y = project(name, count * spec.head_dim, spec.qkv_bias, x)
-            return y.reshape(*y.shape[:2], count, spec.head_dim)
+            return Projection(count * spec.head_dim, spec.qkv_bias, dtype, name=name)
 
-        q = rotate(heads("q_proj", spec.num_heads), turned)
-        k = rotate(heads("k_proj", spec.num_kv_heads), turned)
-        v = heads("v_proj", spec.num_kv_heads)
+        projected = project(
+            x,
+            lora_dropout,
+            heads("q_proj", spec.num_heads),
+            heads("k_proj", spec.num_kv_heads),
+            heads("v_proj", spec.num_kv_heads),
+        )
+        q, k, v = (y.reshape(*y.shape[:2], -1, spec.head_dim) for y in projected)
+        q, k = rotate(q, turned), rotate(k, turned)
         if write_at is not None:
             k, v = self._remember("k", k, write_at), self._remember("v", v, write_at)
         y = attention(q, k, v, queries, keys, spec.sliding_window, self.how).astype(dtype)
-        return project("o_proj", spec.hidden_size, False, y.reshape(*y.shape[:2], -1))
+        output = Projection(spec.hidden_size, False, dtype, name="o_proj")
+        return project(y.reshape(*y.shape[:2], -1), lora_dropout, output)[0]
 
     def _remember(self, name: str, new: Float[Array, "B T K h"], write_at) -> Float[Array, "B S K h"]:
         """The cached keys or values with new ones from index `write_at` on; the new ones alone are handed out.
@@ -146,10 +182,16 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x, lora_dropout):
         wide, dtype = self.spec.intermediate_size, self.dtype
-        gate = Projection(wide, False, dtype, name="gate_proj")(x, lora_dropout)
-        up = Projection(wide, False, dtype, name="up_proj")(x, lora_dropout)
+        gate, up = project(
+            x,
+            lora_dropout,
+            Projection(wide, False, dtype, name="gate_proj"),
+            Projection(wide, False, dtype, name="up_proj"),
+        )
         inner = (jax.nn.silu(gate.astype(jnp.float32)) * up).astype(dtype)
-        return Projection(self.spec.hidden_size, False, dtype, name="down_proj")(inner, lora_dropout)
+        return project(
+            inner, lora_dropout, Projection(self.spec.hidden_size, False, dtype, name="down_proj")
+        )[0]
 
 
 class Block(nn.Module):

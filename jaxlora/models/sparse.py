@@ -131,9 +131,9 @@ def _forward(window, block, q, k, v, segments):
                 near = _near(i, count, block, window, here, k, v, segments)
                 scores = jnp.where(near.mask, _scores(here, near), MASKED)
                 top = jnp.max(scores, axis=-1)
-                weights = jnp.exp(scores - top[..., None])
-                total = jnp.sum(weights, axis=-1)
-                out = contract("KTS,KSh->KTh", weights.astype(q.dtype), near.values)
+                weights = jnp.exp(scores - top[..., None]).astype(q.dtype)
+                total = jnp.sum(weights, axis=-1, dtype=jnp.float32)
+                out = contract("KTS,KSh->KTh", weights, near.values)
                 return out / total[..., None], top + jnp.log(total)
 
             return jax.lax.switch(branch, _each(over, len(blocks)))
@@ -163,12 +163,12 @@ def _backward(window, block, residuals, cotangent):
             def over(count: int, *sums):
                 near = _near(i, count, block, window, here, k, v, segments)
                 weights = jnp.exp(_scores(here, near) - denominators[..., None])
-                weights = jnp.where(near.mask, weights, 0.0)
+                weights = jnp.where(near.mask, weights, 0.0).astype(q.dtype)
                 dweights = contract("KTh,KSh->KTS", slope, near.values) - inner[..., None]
                 dscores = (weights * dweights * here.shape[-1] ** -0.5).astype(q.dtype)
                 new = (
                     transposed("KTh,KTS->KhS", here, dscores),
-                    transposed("KTh,KTS->KhS", slope, weights.astype(q.dtype)),
+                    transposed("KTh,KTS->KhS", slope, weights),
                 )
                 sums = tuple(_added(x, y, near.start) for x, y in zip(sums, new, strict=True))
                 return sums, contract("KTS,KSh->KTh", dscores, near.keys)

@@ -1,0 +1,95 @@
+"""Adapted products are the formula, forward and backward, and share what can be shared."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlora.core.adapted import Low, adapted
+from jaxlora.core.quantised import Quantised, plain, quantise
+
+INPUTS, OUTPUTS, RANKS = 16, (7, 3, 5), (2, 1, 4)
+
+
+def drawn(dtype=jnp.float32):
+    """An input, three kernels of different widths, and adapters of different ranks."""
+    keys = iter(jax.random.split(jax.random.key(0), 10))
+    x = jax.random.normal(next(keys), (2, 6, INPUTS), dtype)
+    kernels = [jax.random.normal(next(keys), (INPUTS, wide), dtype) for wide in OUTPUTS]
+    lows = [
+        Low(jax.random.normal(next(keys), (INPUTS, rank)), jax.random.normal(next(keys), (rank, wide)))
+        for wide, rank in zip(OUTPUTS, RANKS, strict=True)
+    ]
+    return x, kernels, lows
+
+
+def formula(x, kernels, lows):
+    return [
+        x @ kernel if low is None else x @ kernel + (x @ low.a) @ low.b
+        for kernel, low in zip(kernels, lows, strict=True)
+    ]
+
+
+def gradients(compute, x, kernels, lows):
+    def loss(x, kernels, lows):
+        return sum(jnp.sum(jnp.sin(y.astype(jnp.float32))) for y in compute(x, kernels, lows))
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, kernels, lows)
+
+
+@pytest.mark.parametrize("without", [(), (1,), (0, 2), (0, 1, 2)], ids=str)
+def test_values_and_gradients_are_the_formulas(without):
+    x, kernels, lows = drawn()
+    lows = [None if i in without else low for i, low in enumerate(lows)]
+    for mine, theirs in zip(adapted(x, kernels, lows), formula(x, kernels, lows), strict=True):
+        assert mine.dtype == jnp.float32
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+    ours, expected = gradients(adapted, x, kernels, lows), gradients(formula, x, kernels, lows)
+    assert jax.tree.structure(ours) == jax.tree.structure(expected)
+    for mine, theirs in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_kernel_is_what_it_stands_for(kind):
+    x, kernels, lows = drawn()
+    frozen = [quantise(np.asarray(kernel), kind) for kernel in kernels]
+    whole = [jnp.asarray(plain(kernel)) for kernel in frozen]
+    for mine, theirs in zip(adapted(x, frozen, lows), formula(x, whole, lows), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+
+    def loss(compute, kernels):
+        return lambda x, lows: sum(jnp.sum(jnp.sin(y)) for y in compute(x, kernels, lows))
+
+    ours = jax.grad(loss(adapted, frozen), argnums=(0, 1))(x, lows)
+    expected = jax.grad(loss(formula, whole), argnums=(0, 1))(x, lows)
+    assert all(isinstance(kernel, Quantised) for kernel in frozen)
+    for mine, theirs in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_sums_in_float32_and_gives_each_gradient_its_own_dtype():
+    x, kernels, lows = drawn(jnp.bfloat16)
+    wide = [x.astype(jnp.float32), [kernel.astype(jnp.float32) for kernel in kernels], lows]
+    dx, _, dlows = gradients(adapted, x, kernels, lows)
+    assert dx.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(dlows)} == {jnp.dtype(jnp.float32)}
+    for mine, theirs in zip(
+        jax.tree.leaves((dx, dlows)), jax.tree.leaves(gradients(formula, *wide)[::2]), strict=True
+    ):
+        assert np.linalg.norm(mine - theirs) < 0.05 * np.linalg.norm(theirs)
+
+
+def test_what_the_products_share_is_one_product():
+    """Three x a are one, three gradients of a, and three parts of that of x."""
+    x, kernels, lows = drawn()
+
+    def products(compute):
+        def run(x, lows):
+            out, back = jax.vjp(lambda x, lows: compute(x, kernels, lows), x, lows)
+            return back(out)
+
+        return jax.jit(run).lower(x, lows).as_text().count("dot_general")
+
+    assert products(formula) == 3 * 8
+    assert products(adapted) == 3 * 8 - 3 * 2
