@@ -82,9 +82,12 @@ class Projection(nn.Module):
 
     def dropped(self, x: Float[Array, "B T I"], rates: Dropout) -> Float[Array, "B T I"]:
         """x with elements zeroed at this projection's rate, the others scaled up."""
-        rate = rates[str(self.name)]
-        kept = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - rate, x.shape)
-        return jnp.where(kept, x / (1.0 - rate), 0.0).astype(x.dtype)
+        return _dropout(x, rates[str(self.name)], self.make_rng("dropout"))
+
+
+def _dropout(x: Float[Array, "..."], rate: Float[Array, ""] | float, key: Array) -> Float[Array, "..."]:
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
 class Weights(NamedTuple):
