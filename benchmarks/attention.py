@@ -182,7 +182,7 @@ def main() -> None:
     platform = attention_platform(device)
     kinds = [
         kind
-        for kind in ("plain", "blockwise", "splash", "cudnn")
+        for kind in ("plain", "blockwise", "sparse", "splash", "cudnn")
         if Attention(kind, platform).refusal(SPEC.head_dim, jnp.bfloat16) is None
     ]
     if arguments.run or arguments.toy:
