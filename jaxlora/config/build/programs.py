@@ -177,7 +177,9 @@ def first_state(
     given: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """The state before the first step of one run; arguments as of `Starter`."""
-    return Starter(model, base)(config, steps, given)
+    state = Starter(model, base)(config, steps, given)
+    give_back()  # what loading the base and making this left, before the steps take theirs
+    return state
 
 
 def effective_adapter(state: TrainState, base: Mapping[str, Any]) -> dict[str, Any]:
