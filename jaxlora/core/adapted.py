@@ -84,12 +84,8 @@ def _backward(residuals, cotangents):
         Low(a.astype(adapter.a.dtype), b.astype(adapter.b.dtype))
         for a, b, adapter in zip(da, db, adapters, strict=True)
     )
-    dkernels = tuple(
-        None
-        if isinstance(kernel, Quantised)
-        else _product("BTI,BTO->IO", x, cotangent).astype(
-            kernel.dtype
-        )  # of no use to training: not computed there
+    dkernels = tuple(  # of no use to training, whose program leaves them out
+        None if isinstance(kernel, Quantised) else _product("BTI,BTO->IO", x, cotangent).astype(kernel.dtype)
         for kernel, cotangent in zip(kernels, cotangents, strict=True)
     )
     return dx.astype(x.dtype), dkernels, dadapters

@@ -160,9 +160,8 @@ def test_scores_that_no_example_needs_are_not_made(monkeypatch):
         return whole(q, near)
 
     monkeypatch.setattr(sparse_module, "_scores", counted)
-    places = packed(
-        1, 128, 16, 40, 20
-    )  # blocks 0 | 1 to 3, whose last half is the third example's | 3, 4 | padding
+    # Blocks: 0 | 1 to 3, the last of which the third example begins in | 3 and 4 | padding.
+    places = packed(1, 128, 16, 40, 20)
     q, k, v, _ = drawn(1, 128, (2, 1), 8)
     jax.jit(partial(sparse, window=None, block=16))(q, k, v, places.segments).block_until_ready()
     jax.effects_barrier()
