@@ -1,4 +1,4 @@
-"""Values that a rematerialised layer may keep for its backward pass."""
+"""Values that a rematerialised layer may keep for its backward pass, and bfloat16 moved about as bits."""
 
 from typing import Any
 

@@ -258,10 +258,9 @@ def _over_chunks(
         (last carry, outputs [B, T, ...]), zero for tokens without a weight.
     """
     shape = inputs[0].shape[:2]
-    if (
-        spread is None
-    ):  # As one row, and below as one axis, which is how products come out: only where the shapes are
-        # the same does XLA's CPU backend write the exponentials over the logits.
+    if spread is None:
+        # As one row, and below as one axis, which is how products come out: only where the shapes are the same does
+        # XLA's CPU backend write the exponentials over the logits.
         inputs = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), inputs)
     rows, time = inputs[0].shape[:2]
     tokens = chunk * (spread.parts if spread else 1)
