@@ -24,7 +24,7 @@ from jaxlora.models.blockwise import pad_time
 from jaxlora.models.places import MASKED
 
 BLOCK = 128
-"""Queries in a block, and the unit in which its keys are counted: 256 took longer, and 64 no less (docs/lab-notes.md)."""
+"""Queries in a block, and the unit in which its keys are counted: 256 took longer, 64 no less (docs/lab-notes.md)."""
 
 
 def sparse(
