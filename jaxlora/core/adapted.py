@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxlora.core.kept import kept_residual
 from jaxlora.core.products import contract, transposed
 from jaxlora.core.quantised import Quantised, gathered, plain
 
@@ -55,7 +56,8 @@ def _adapted(x, kernels, adapters):
 
 
 def _forward(x, kernels, adapters):
-    low = _product("BTI,IR->BTR", x, _side_by_side(adapters, x.dtype)).astype(x.dtype)
+    low = _product("BTI,IR->BTR", x, _side_by_side(adapters, x.dtype))
+    low = kept_residual(low.astype(x.dtype), "projection")
     out = [
         _product("BTI,IO->BTO", x, _plain(kernel, x.dtype))
         + _product("BTR,RO->BTO", part, adapter.b.astype(x.dtype))

@@ -1,5 +1,6 @@
 """Values that a rematerialised layer may keep for its backward pass, and bfloat16 moved about as bits."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ def kept(x: Float[Array, "..."], name: str) -> Float[Array, "..."]:
     What is kept of a bfloat16 array are its bits, as integers. XLA's CPU backend has no bfloat16 of its own: to write
     one layer's array into those of all layers, it would convert all of them to float32 and back, for each layer.
     """
-    return _bits_kept(name, x) if x.dtype == jnp.bfloat16 else checkpoint_name(x, name)
+    return _bits_kept(x, name) if x.dtype == jnp.bfloat16 else checkpoint_name(x, name)
 
 
 def bits(x: Array) -> Array:
@@ -31,13 +32,19 @@ def floats(x: Array, dtype: Any) -> Array:
     return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
-def _by_bits(name, x):
+def kept_residual(x: Float[Array, "..."], name: str) -> Float[Array, "..."]:
+    """`kept`, within the forward pass of a `jax.custom_vjp`, where nothing is differentiated any more.
+
+    A policy does not look into functions with a gradient of their own, and `kept` is one.
+    """
     return floats(checkpoint_name(bits(x), name), x.dtype)
 
 
-_bits_kept = jax.custom_jvp(_by_bits, nondiff_argnums=(0,))
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _bits_kept(x, name):
+    return kept_residual(x, name)
 
 
 @_bits_kept.defjvp
 def _through(name, primals, tangents):
-    return _by_bits(name, *primals), tangents[0]
+    return kept_residual(*primals, name), tangents[0]

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxlora.core.kept import kept_residual
 from jaxlora.core.products import contract
 from jaxlora.models.places import MASKED, Places, visible
 
@@ -123,6 +124,7 @@ def _forward(window, own, q, k, v, queries, keys):
         return (out / total[..., None]).astype(q.dtype), highest + jnp.log(total)
 
     out, denominators = jax.lax.map(one_block, (jnp.arange(len(q)), q, queries))
+    out, denominators = kept_residual(out, "attention"), kept_residual(denominators, "attention")
     return out, (q, k, v, queries, keys, out, denominators)
 
 

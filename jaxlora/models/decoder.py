@@ -29,8 +29,8 @@ from jaxlora.models.spec import DecoderSpec
 
 REMAT_POLICIES = {
     "none": None,  # keep every activation
-    # keep the projections' outputs
-    "dots": jax.checkpoint_policies.save_only_these_names("layer_input", "projection"),
+    # keep the projections' outputs, and attention's
+    "dots": jax.checkpoint_policies.save_only_these_names("layer_input", "projection", "attention"),
     # keep each layer's input alone
     "full": jax.checkpoint_policies.save_only_these_names("layer_input"),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # the same, in the host's memory
@@ -155,7 +155,8 @@ class SelfAttention(nn.Module):
             heads("v_proj", spec.num_kv_heads),
         )
         q, k, v = (y.reshape(*y.shape[:2], -1, spec.head_dim) for y in projected)
-        q, k = rotate(q, turned), rotate(k, turned)
+        # Kept as they are turned: the backward pass needs them so, and would turn them again.
+        q, k = (kept(rotate(x, turned), "projection") for x in (q, k))
         if write_at is not None:
             k, v = self._remember("k", k, write_at), self._remember("v", v, write_at)
         y = attention(q, k, v, queries, keys, spec.sliding_window, self.how).astype(dtype)

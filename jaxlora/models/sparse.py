@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlora.core.kept import bits, floats
+from jaxlora.core.kept import bits, floats, kept_residual
 from jaxlora.core.products import contract, transposed
 from jaxlora.models.blockwise import pad_time
 from jaxlora.models.places import MASKED
@@ -43,7 +43,7 @@ def sparse(
         window: sliding window in tokens, or None.
         block: queries in a block.
     Returns:
-        float32; something finite for padding.
+        In q's dtype; something finite for padding.
     """
     time, block = q.shape[1], min(block, q.shape[1])
     q, k, v, segments = (pad_time(x, block) for x in (q, k, v, segments))
@@ -142,13 +142,17 @@ def _forward(window, block, q, k, v, segments):
         return _in_a_row(out, block), denominators
 
     out, denominators = jax.lax.map(one_row, (*map(bits, (q, k, v)), segments, branches))
+    out, denominators = (
+        kept_residual(out.astype(q.dtype), "attention"),
+        kept_residual(denominators, "attention"),
+    )
     return out, (q, k, v, segments, branches, out, denominators)
 
 
 def _backward(window, block, residuals, cotangent):
     q, k, v, segments, branches, out, denominators = residuals
     # The softmax's gradient needs, of each query, the product of its output and the output's cotangent.
-    slope, inner = cotangent.astype(q.dtype), jnp.sum(out * cotangent, axis=-1)
+    slope, inner = cotangent.astype(q.dtype), jnp.sum(out.astype(jnp.float32) * cotangent, axis=-1)
 
     def one_row(row):
         q_row, k_row, v_row, slope_row, inner_row, segments, denominators, branches = row
