@@ -54,6 +54,11 @@ class ModelConfig(Section):
         "the base's kernels in 8 or 4 bits instead (docs/quantised.md)",
         keys.one_of("none", "int8", "nf4"),
     )
+    quantize_embeddings: str = setting(
+        "none",
+        "likewise its embedding and its head (docs/quantised.md)",
+        keys.one_of("none", "int8", "nf4"),
+    )
     remat: str = setting(
         "full",
         "what the backward pass computes again (docs/attention.md); 'auto' is the fastest that fits",
@@ -67,8 +72,11 @@ class ModelConfig(Section):
 
     @property
     def kept(self) -> str:
-        """How the base is kept, for a person: "bfloat16", or "nf4 and bfloat16"."""
-        return self.dtype if self.quantize == "none" else f"{self.quantize} and {self.dtype}"
+        """How the base is kept, for a person: "bfloat16", or "nf4 and bfloat16, embeddings in int8"."""
+        kept = self.dtype if self.quantize == "none" else f"{self.quantize} and {self.dtype}"
+        return kept + (
+            "" if self.quantize_embeddings == "none" else f", embeddings in {self.quantize_embeddings}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
