@@ -116,7 +116,7 @@ def _in_chunks(
     hidden, unembed, targets, weights, smoothing, chunk: int, spread: Spread | None, with_gradient: bool
 ) -> Any:
     """Scans over time in chunks; returns (objective, TokenLosses, gradient [B, T, D] or None)."""
-    head, hidden = _head(unembed, hidden, spread)
+    head = _head(unembed, hidden, spread)
     # The mean as a matrix product: XLA's CPU backend would otherwise hold the whole head in float32 to sum it. The
     # barrier keeps the compiler from seeing that the rows are ones, and turning the product back into that sum.
     ones = jax.lax.optimization_barrier(jnp.ones((8, head.shape[0]), head.dtype))
@@ -168,7 +168,7 @@ def token_metrics(
     Args:
         hidden, unembed, targets, weights, chunk, spread: as for `cross_entropy`.
     """
-    head, hidden = _head(unembed, hidden, spread)
+    head = _head(unembed, hidden, spread)
     weights = weights.astype(jnp.float32)
 
     def one(carry, inputs):
@@ -196,15 +196,11 @@ def token_metrics(
 
 def _head(
     unembed: Float[Array, "V D"] | Quantised, hidden: Float[Array, "B T D"], spread: Spread | None
-) -> tuple[Float[Array, "V D"], Float[Array, "B T D"]]:
-    """The output embedding in the dtype of the hidden states, where its products are; and the hidden states."""
-    placement = spread and spread.head
-    if not isinstance(unembed, Quantised):
-        return at(unembed.astype(hidden.dtype), placement), hidden
-    # It waits for the hidden states: the compiler would otherwise make it once for all micro-batches, and hold it
-    # while their layers take the memory.
-    unembed, hidden = jax.lax.optimization_barrier((unembed, hidden))
-    return whole(unembed, placement, spread.words if spread else 1).astype(hidden.dtype), hidden
+) -> Float[Array, "V D"]:
+    """The output embedding in the dtype of the hidden states, where its products are."""
+    if isinstance(unembed, Quantised):
+        return whole(unembed, spread and spread.head, spread.words if spread else 1).astype(hidden.dtype)
+    return at(unembed.astype(hidden.dtype), spread and spread.head)
 
 
 def _logits(

@@ -10,7 +10,19 @@ import pytest
 from scipy.stats import norm
 
 from jaxlora.core.products import contract
-from jaxlora.core.quantised import BLOCK, KINDS, NF4, TABLE, Quantised, block_of, like, plain, quantise
+from jaxlora.core.quantised import (
+    BLOCK,
+    KINDS,
+    NF4,
+    TABLE,
+    Quantised,
+    as_array,
+    block_of,
+    like,
+    plain,
+    quantise,
+    whole,
+)
 
 GAP = max(high - low for low, high in itertools.pairwise(NF4))
 
@@ -157,3 +169,15 @@ def test_a_tables_memory_order_and_pieces_change_nothing(kind, monkeypatch):
     other = quantise(np.asfortranarray(stored), kind, TABLE)
     np.testing.assert_array_equal(one.values, other.values)
     np.testing.assert_array_equal(one.scales, other.scales)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("at_once", [7, 10, 1000])
+def test_a_table_becomes_an_array_some_words_at_a_time(kind, at_once, monkeypatch):
+    monkeypatch.setattr("jaxlora.core.quantised._WORDS_AT_ONCE", at_once)
+    table = jax.tree.map(jnp.asarray, quantise(kernel(128, 30).T.astype(ml_dtypes.bfloat16), kind, TABLE))
+    expected = plain(table)
+    for found in (jax.jit(whole)(table), jax.jit(lambda x: whole(x, None, 2))(table), as_array(table)):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(as_array(expected), expected)
