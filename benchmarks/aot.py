@@ -48,12 +48,14 @@ class Case:
     layers: int | None = None
     rank: int = RANK
     quantize: str = "none"
+    quantize_embeddings: str = "none"
 
     @property
     def name(self) -> str:
         layers = "" if self.layers is None else f", {self.layers} layers"
         rank = "" if self.rank == RANK else f", rank {self.rank}"
         kept = "" if self.quantize == "none" else f" in {self.quantize}"
+        kept += "" if self.quantize_embeddings == "none" else f", embeddings in {self.quantize_embeddings}"
         mesh = "x".join(map(str, self.mesh))
         rows = f"{self.micro} of {self.batch} x {self.length}"
         return f"{self.model}{kept}{layers}{rank}, {self.topology}, mesh {mesh}, {rows}"
@@ -70,8 +72,14 @@ CASES: dict[str, list[Case]] = {
     ],
     "small": [Case("Qwen2.5-0.5B", "v5e:1x1", (1, 1, 1), 8, length=1024)],
     "quantised": [
-        Case(model, "v5e:1x1", (1, 1, 1), 1, batch=16, rank=16, quantize=kind)
-        for model, kind in (("Mistral-7B", "nf4"), ("Qwen2.5-7B", "nf4"), ("Mistral-7B", "int8"))
+        Case(model, "v5e:1x1", (1, 1, 1), 1, batch=16, rank=16, quantize=kind, quantize_embeddings=tables)
+        for model, kind, tables in (
+            ("Mistral-7B", "nf4", "none"),
+            ("Qwen2.5-7B", "nf4", "none"),
+            ("Qwen2.5-7B", "nf4", "int8"),
+            ("Qwen2.5-7B", "nf4", "nf4"),
+            ("Mistral-7B", "int8", "none"),
+        )
     ],
     "cut": [
         Case("Mistral-7B", topology, (1, n, 1), n, batch=16 * n, layers=4, rank=16, quantize=kind)
@@ -96,7 +104,11 @@ def config_of(case: Case, folder: Path) -> Config:
     (folder / "config.json").write_text(json.dumps(given))
     return Config.from_dict(
         {
-            "model": {"path": str(folder), "quantize": case.quantize},
+            "model": {
+                "path": str(folder),
+                "quantize": case.quantize,
+                "quantize_embeddings": case.quantize_embeddings,
+            },
             "lora": {"rank": case.rank, "alpha": float(case.rank)},
             "data": {"train": "none", "max_length": case.length},
             "train": {"batch_size": case.batch, "micro_batch_size": case.micro},

@@ -158,6 +158,7 @@ def _config(chosen: Chosen, arguments: Namespace) -> Config:
             revision=chosen.revision,
             dtype=chosen.dtype,
             quantize=chosen.quantize,
+            quantize_embeddings=chosen.quantize_embeddings,
             attention=attention,
         ),
         data=replace(
@@ -327,6 +328,7 @@ def _print_json(chosen: Chosen, config: Config, data: "HeldOut", scored: Sequenc
         "revision": chosen.revision,
         "dtype": config.model.dtype,
         "quantize": config.model.quantize,
+        "quantize_embeddings": config.model.quantize_embeddings,
         "run": chosen.run.path if chosen.run else None,
         "step": chosen.step,
         **({"averaged": chosen.averaged} if chosen.averaged else {}),

@@ -84,7 +84,9 @@ def _generate(arguments: Namespace) -> int:
 
             use_persistent_cache()
             jax.devices()
-        model = generation.answering_model(source.model, source.revision, source.dtype, source.quantize)
+        model = generation.answering_model(
+            source.model, source.revision, source.dtype, source.quantize, source.quantize_embeddings
+        )
         limit = model.spec.max_position_embeddings
         with progress.stage("loading the tokenizer"):
             encoder = inputs.encoder(model)

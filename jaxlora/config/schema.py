@@ -22,6 +22,7 @@ _OPTIONAL_SOURCES = Allowed(
     "a hub id or a path, or a tuple of them, or '' to hold out a part of data.train",
     lambda value: value in ("", ()) or keys.filled(value),
 )
+_BITS = keys.one_of("none", "int8", "nf4")
 
 
 def _known_init(value: str) -> bool:
@@ -49,11 +50,8 @@ class ModelConfig(Section):
     path: str = setting(keys.REQUIRED, "Hugging Face id or local folder of the base", keys.FILLED)
     revision: str = setting("", "branch, tag or commit on the hub; '' is its main branch", keys.TEXT)
     dtype: str = setting("bfloat16", "dtype of the frozen base", keys.one_of("bfloat16", "float32"))
-    quantize: str = setting(
-        "none",
-        "the base's kernels in 8 or 4 bits instead (docs/quantised.md)",
-        keys.one_of("none", "int8", "nf4"),
-    )
+    quantize: str = setting("none", "the base's kernels in 8 or 4 bits instead (docs/quantised.md)", _BITS)
+    quantize_embeddings: str = setting("none", "likewise its embedding and its head", _BITS)
     remat: str = setting(
         "full",
         "what the backward pass computes again (docs/attention.md); 'auto' is the fastest that fits",
@@ -67,8 +65,10 @@ class ModelConfig(Section):
 
     @property
     def kept(self) -> str:
-        """How the base is kept, for a person: "bfloat16", or "nf4 and bfloat16"."""
-        return self.dtype if self.quantize == "none" else f"{self.quantize} and {self.dtype}"
+        """How the base is kept, for a person: "bfloat16", or "nf4 and bfloat16, embeddings in int8"."""
+        kernels = "" if self.quantize == "none" else f"{self.quantize} and "
+        tables = "" if self.quantize_embeddings == "none" else f", embeddings in {self.quantize_embeddings}"
+        return f"{kernels}{self.dtype}{tables}"
 
 
 @dataclasses.dataclass(frozen=True)

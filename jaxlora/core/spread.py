@@ -26,6 +26,6 @@ class Spread(NamedTuple):
     parts: int
 
 
-def at(x: jax.Array, placement: NamedSharding | None) -> jax.Array:
+def at(x: jax.Array, placement: jax.sharding.Sharding | None) -> jax.Array:
     """x, placed so inside a program; as the compiler likes where that is None."""
     return x if placement is None else jax.lax.with_sharding_constraint(x, placement)

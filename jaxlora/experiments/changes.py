@@ -22,6 +22,7 @@ _WORDS = {
     "model.path": "model {}",
     "model.revision": "revision {} of the model",
     "model.quantize": "kernels in {}",
+    "model.quantize_embeddings": "embeddings in {}",
     "data.train": "trained on {}",
     "data.eval": "evaluated on {}",
     "data.train_split": "split {} to train on",
@@ -70,6 +71,7 @@ _UNSET = {
     "lora.init_from": "",
     "model.revision": "",
     "model.quantize": "none",
+    "model.quantize_embeddings": "none",
 }
 """Values that mean: not set."""
 

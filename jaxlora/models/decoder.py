@@ -3,9 +3,9 @@
 `Decoder(spec).apply({"params": base, "lora": adapter}, tokens, positions, segments)` takes two plain nested dicts and
 returns hidden states. A projection whose path has leaves `a` and `b` in the "lora" collection adds `(x a) b` to its
 product, and multiplies by `gain` where there is one; scale, rank and targets are nobody's business here. A kernel may
-be `Quantised`, and is then dequantised inside the scan, for one product at a time. With a
-"cache" collection the same call attends to keys and values of earlier tokens too, and leaves those of the new ones in
-"written".
+be `Quantised`, and is then dequantised inside the scan, for one product at a time; so may the tables of embeddings, of
+which the rows that are looked up are dequantised. With a "cache" collection the same call attends to keys and values of
+earlier tokens too, and leaves those of the new ones in "written".
 
 Layers are stacked on a leading axis and scanned, so compile time and program size do not grow with depth, and each
 is rematerialised by a named policy.
@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Int
 from jaxlora.core.adapted import Low, adapted
 from jaxlora.core.kept import kept
 from jaxlora.core.products import contract
-from jaxlora.core.quantised import Quantised
+from jaxlora.core.quantised import Quantised, plain
+from jaxlora.core.spread import at
 from jaxlora.models.attention import Attention, attention, rotate, rotation
 from jaxlora.models.places import Places
 from jaxlora.models.spec import DecoderSpec
@@ -260,12 +261,9 @@ class Decoder(nn.Module):
                 the whole cache with these tokens in it; "written" has their keys and values, T long instead of S.
             key_positions, key_segments: position and segment of every cache index (0 where nothing is written yet).
         """
-        embedding = self.param(
-            "embed_tokens",
-            lambda key: {"embedding": self._table(key)},  # a dict, as in the checkpoint's names
-        )["embedding"]
+        embedding = self._table("embed_tokens")
         if not self.spec.tie_word_embeddings:
-            self.param("lm_head", lambda key: {"embedding": self._table(key)})
+            self._table("lm_head")
         queries, keys = Places(positions, segments), None
         if key_positions is not None and key_segments is not None:
             keys = Places(key_positions, key_segments)
@@ -281,15 +279,30 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast,) * 5,  # pyright: ignore[reportArgumentType]  (Flax's annotation forgets it)
             length=self.spec.num_layers,
         )(self.spec, self.dtype, self.activation_sharding, self.attention, name="layers")
-        x = jnp.take(embedding, tokens, axis=0)
+        x = self._look_up(embedding, tokens)
         turned = rotation(positions, self.spec.head_dim, self.spec.rope_theta)
         x, _ = layers(x, turned, queries, keys, write_at, lora_dropout)
         return RMSNorm(self.spec.rms_norm_eps, self.dtype, name="norm")(x)
 
-    def _table(self, key: Array) -> Float[Array, "V D"]:
-        return _kernel_init(key, (self.spec.vocab_size, self.spec.hidden_size), self.dtype)
+    def _table(self, name: str) -> Any:
+        """The rows [V, D] of one of the two tables, which may be quantised."""
+        shape = (self.spec.vocab_size, self.spec.hidden_size)
+        held: Any = self.get_variable("params", name)
+        if held is None or not isinstance(held["embedding"], Quantised):  # as for a projection's kernel
+            held = self.param(name, lambda key: {"embedding": _kernel_init(key, shape, self.dtype)})
+        return held["embedding"]
+
+    def _look_up(self, table: Any, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The tokens' rows; of a quantised table, their bits are taken, and sent to where the rows of a batch are."""
+        rows = jax.tree.map(lambda x: jnp.take(x, tokens, axis=0), table)
+        if isinstance(table, Quantised):
+            rows = jax.tree.map(lambda x: at(x, self.activation_sharding), rows)
+        return plain(rows)
 
 
-def unembedding(params: Mapping[str, Any]) -> Float[Array, "V D"]:
-    """The matrix whose product with hidden states gives logits: the head, or the embedding when tied."""
+def unembedding(params: Mapping[str, Any]) -> Any:
+    """The matrix [V, D] whose product with hidden states gives logits: the head, or the embedding when tied.
+
+    An array, or a `Quantised`: whoever multiplies with it dequantises it once, outside of loops.
+    """
     return params.get("lm_head", params["embed_tokens"])["embedding"]

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlora.core.compilation import compiler_options
 from jaxlora.core.products import contract
+from jaxlora.core.quantised import as_array, whole
 from jaxlora.core.spread import Spread, at
 from jaxlora.models.decoder import CACHE_ORDER, Decoder, unembedding
 from jaxlora.models.sampling import Sampling, choose
@@ -212,7 +213,8 @@ def answer_batch(
         max_new_tokens: longest answer.
         cache_sharding: placement of the cache. spread: of the output embedding and its products.
     """
-    table = at(unembedding(params), spread and spread.head)
+    # A quantised one becomes an array once for all new ids: for each of them it would be many times a product's work.
+    table = whole(unembedding(params), spread and spread.head, spread.words if spread else 1)
     count, length = tokens.shape
     cache = new_cache(decoder.spec, count, length - 1 + max_new_tokens, decoder.dtype, cache_sharding)
 
@@ -287,6 +289,8 @@ class Session:
         else:
             self._whole, placed = NamedSharding(cache_sharding.mesh, PartitionSpec()), cache_sharding
         self._new, self._grow, self._fill, self._next = _stream_programs(decoder, self._whole, placed)  # pyright: ignore[reportArgumentType]  frozen, so hashable
+        # Once for the conversation, where it is quantised: little else of a conversation takes memory.
+        self._head = as_array(unembedding(params))
         self._cache: Cache = self._new(capacity=_SMALLEST_CACHE)
         self._held: list[int] = []  # the ids whose keys and values the cache holds, from index 0 on
 
@@ -359,7 +363,7 @@ class Session:
     def _choose(self, token: Array, sampling: Sampling, key: Array) -> Array:
         """Computes one id [1] after those that are held; returns the id [1] that comes next."""
         following, self._cache = self._next(
-            self._params, self._lora, self._cache, token, len(self._held), sampling, key
+            self._params, self._lora, self._cache, token, len(self._held), sampling, key, self._head
         )
         return following
 
@@ -378,11 +382,11 @@ def _stream_programs(decoder: Any, whole: jax.sharding.Sharding, cache_sharding:
         """One piece of a prompt, padded on the right: what it writes too much is overwritten before it is seen."""
         return advance(decoder, params, lora, cache, tokens, jnp.zeros(1, jnp.int32), write_at)[1]
 
-    def step(params, lora, cache, token, write_at, sampling, key):
+    def step(params, lora, cache, token, write_at, sampling, key, head):
         row = jnp.zeros(1, jnp.int32)
         hidden, cache = advance(decoder, params, lora, cache, token[:, None], row, write_at)
         position = jnp.asarray(write_at + 1, jnp.int32)[None]
-        return choose(_logits(unembedding(params), hidden[:, 0]), sampling, key, row, position), cache
+        return choose(_logits(head, hidden[:, 0]), sampling, key, row, position), cache
 
     new = partial(new_cache, decoder.spec, 1, dtype=decoder.dtype)
     return (

@@ -1,10 +1,11 @@
 """The tensors of a Hugging Face folder: which files hold them, whether they are the expected ones, and their slices."""
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  numpy learns the name bfloat16, by which safetensors asks for it
 import numpy as np
@@ -27,11 +28,13 @@ class Tensors:
         self.folder = folder
         self._files = ExitStack()
         self._handles: dict[str, Any] = {}
+        self._places: dict[str, _Place] = {}
         for file in weight_files(folder):
             try:
                 # pread: a memory map would add every page that was ever read to this process's resident memory.
                 handle = self._files.enter_context(safe_open(file, framework="numpy", backend="pread"))
                 self._handles |= dict.fromkeys(handle.offset_keys(), handle)
+                self._places |= _places(file)
             except (SafetensorError, OSError) as error:
                 self._files.close()
                 raise InputError(
@@ -59,7 +62,8 @@ class Tensors:
             handle, alias = self._handles[embedding], self._handles.pop(head)
             if handle is None:
                 self._handles[embedding] = _Renamed(alias, head)
-            elif not _equal(handle.get_slice(embedding), alias.get_slice(head)):
+                self._places[embedding] = self._places[head]
+            elif not _equal(self._places[embedding], self._places[head]):
                 raise InputError(
                     f"{self.folder} ties its embeddings (tie_word_embeddings in config.json), but lm_head.weight "
                     "differs from model.embed_tokens.weight: set tie_word_embeddings to false in config.json."
@@ -102,7 +106,8 @@ class Tensors:
             return self._handles[name].get_tensor(name)
         if all(bounds == (0, size) for bounds, size in zip(part, view.get_shape(), strict=True)):
             return self._handles[name].get_tensor(name)
-        return view[tuple(slice(*bounds) for bounds in part)]
+        rows, *others = part
+        return self._places[name].rows(*rows)[:, *(slice(*bounds) for bounds in others)]
 
 
 class _Renamed:
@@ -118,13 +123,45 @@ class _Renamed:
         return self._handle.get_tensor(self._name)
 
 
-def _equal(one: Any, other: Any, rows: int = 8192) -> bool:
+class _Place(NamedTuple):
+    """Where a tensor lies: its rows can be read by themselves, where safetensors' own slices read it whole.
+
+    Attributes:
+        file: that holds it. start: the byte at which it begins.
+        dtype: as safetensors writes it. shape: of the tensor.
+    """
+
+    file: Path
+    start: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def rows(self, first: int, end: int) -> np.ndarray:
+        _, *sizes = self.shape
+        dtype, row = np.dtype(_DTYPES[self.dtype]), math.prod(sizes)
+        offset = self.start + first * row * dtype.itemsize
+        return np.fromfile(self.file, dtype, (end - first) * row, offset=offset).reshape(-1, *sizes)
+
+
+def _places(file: Path) -> dict[str, _Place]:
+    """By name, for all tensors of a safetensors file: its header, behind eight bytes of that one's length."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    return {
+        name: _Place(file, 8 + size + of["data_offsets"][0], of["dtype"], tuple(of["shape"]))
+        for name, of in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _equal(one: _Place, other: _Place, rows: int = 8192) -> bool:
     """Whether two stored matrices are the same, read a few rows at a time."""
-    if one.get_shape() != other.get_shape():
+    if one.shape != other.shape:
         return False
-    end = one.get_shape()[0]
-    parts = (slice(start, min(start + rows, end)) for start in range(0, end, rows))
-    return all(np.array_equal(one[part], other[part]) for part in parts)
+    end = one.shape[0]
+    parts = ((start, min(start + rows, end)) for start in range(0, end, rows))
+    return all(np.array_equal(one.rows(*part), other.rows(*part)) for part in parts)
 
 
 def listed(names: list[str]) -> str:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.core.errors import InputError
-from jaxlora.core.quantised import KINDS, Quantised, like, quantise
+from jaxlora.core.quantised import KERNEL, KINDS, TABLE, Quantised, like, quantise
 from jaxlora.core.tree import Path as TreePath
 from jaxlora.core.tree import unflatten
 from jaxlora.models.spec import DecoderSpec
@@ -30,10 +31,16 @@ TOKENIZER_FILES = (
 # "model*" leaves out consolidated.safetensors, a second copy of the weights in Mistral's repositories.
 _WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
 _READERS = 4  # threads: enough to hide a network disk's latency; the page cache is saturated by two
+_TABLE_PIECE = (
+    2**20
+)  # values of a table that one of them quantises at a time: 2 MiB in bfloat16, 4 MiB in float32
 
 Place = Callable[[str, tuple[int, ...], Any], jax.sharding.Sharding | None]
-"""(path joined by "/", shape, dtype) -> where that leaf lives; None for the default device. A quantised kernel is asked
+"""(path joined by "/", shape, dtype) -> where that leaf lives; None for the default device. A quantised leaf is asked
 for by its own shape, and placed in whole blocks."""
+
+AXES = {"kernel": KERNEL, "embedding": TABLE}
+"""By the last name of their paths: the leaves that may be quantised, and the axis of their blocks."""
 
 
 @dataclass(frozen=True)
@@ -117,20 +124,36 @@ def param_shapes(spec: DecoderSpec) -> dict[TreePath, tuple[int, ...]]:
     return {path: stored.shape for path, stored in tensor_table(spec).items()}
 
 
-def param_likes(spec: DecoderSpec, dtype: Any, quantize: str = "none") -> dict[TreePath, Any]:
+def kept_in(path: TreePath, quantize: str, quantize_embeddings: str) -> str:
+    """What a leaf of the base is kept in: "none", or one of `KINDS`.
+
+    Args:
+        path: of the leaf.
+        quantize: of all kernels. quantize_embeddings: of embedding and head. Norms and biases are never quantised.
+    """
+    return {"kernel": quantize, "embedding": quantize_embeddings}.get(path[-1], "none")
+
+
+def param_likes(
+    spec: DecoderSpec, dtype: Any, quantize: str = "none", quantize_embeddings: str = "none"
+) -> dict[TreePath, Any]:
     """Every leaf of the base parameters, by path, as a `jax.ShapeDtypeStruct` or a `Quantised` of two.
 
     Args:
         spec: of the base.
         dtype: of all leaves, or of what the quantised ones stand for.
-        quantize: "none", or one of `KINDS` for all kernels; embeddings, head, norms and biases stay as they are.
+        quantize, quantize_embeddings: see `kept_in`.
     """
-    return {path: _like(path, shape, dtype, quantize) for path, shape in param_shapes(spec).items()}
+    return {
+        path: _like(path, shape, dtype, kept_in(path, quantize, quantize_embeddings))
+        for path, shape in param_shapes(spec).items()
+    }
 
 
-def _like(path: TreePath, shape: tuple[int, ...], dtype: Any, quantize: str) -> Any:
-    quantised = quantize in KINDS and path[-1] == "kernel"
-    return like(shape, dtype, quantize) if quantised else jax.ShapeDtypeStruct(shape, dtype)
+def _like(path: TreePath, shape: tuple[int, ...], dtype: Any, kind: str) -> Any:
+    if kind in KINDS:
+        return like(shape, dtype, kind, AXES[path[-1]])
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def resolve_model(path: str, revision: str = "", *, weights: bool = True) -> ModelFiles:
@@ -180,12 +203,14 @@ def load_params(
     place: Place | None = None,
     progress: Callable[[int, int], None] | None = None,
     quantize: str = "none",
+    quantize_embeddings: str = "none",
 ) -> dict[str, Any]:
     """Reads the base parameters; each device's part of each leaf is put together from slices of the stored tensors.
 
     On the host there is at no time more than one part of one leaf (and the tensors that the readers hold) beside what
     has been placed; on a CPU the placed array is the very memory that was read into. A kernel is quantised as it is
-    read, one layer's part at a time, so that part of a leaf is as small as what is placed.
+    read, one layer's part at a time, and a table some rows at a time, so that part of a leaf is as small as what is
+    placed.
 
     Args:
         files: from `resolve_model`.
@@ -193,7 +218,7 @@ def load_params(
         dtype: of all leaves; stored float64, float32, float16 and bfloat16 are converted, rounding to nearest even.
         place: gives each leaf's sharding; without it, or where it gives None, the default device.
         progress: called with (bytes placed so far, bytes in all) on this process.
-        quantize: "none", or what the kernels become (see `param_likes`).
+        quantize, quantize_embeddings: "none", or what kernels and tables become (see `kept_in`).
     Returns:
         The nested dict described in `tensor_table`, of arrays, and `Quantised` pairs of them.
     Raises:
@@ -204,22 +229,23 @@ def load_params(
     plans = {}
     for path, stored in table.items():
         sharding = (place and place("/".join(path), stored.shape, dtype)) or default
+        of_leaf = partial(_like, path, dtype=dtype, kind=kept_in(path, quantize, quantize_embeddings))
         parts = {
-            part: (_like(path, tuple(stop - start for start, stop in part), dtype, quantize), devices)
+            part: (of_leaf(tuple(stop - start for start, stop in part)), devices)
             for part, devices in _parts(sharding, stored.shape).items()
         }
-        plans[path] = stored, sharding, parts
-    total = sum(_size(each) for _, _, parts in plans.values() for each, _ in parts.values())
+        plans[path] = stored, sharding, of_leaf(stored.shape), parts
+    total = sum(_size(each) for *_, parts in plans.values() for each, _ in parts.values())
     done = 0
     params = {}
     with Tensors(files.folder) as tensors, ThreadPoolExecutor(_READERS) as pool:
         expected = {name: stored.stored_shape for stored in table.values() for name in stored.names}
         tensors.check(expected, spec.tie_word_embeddings)
-        for path, (stored, sharding, parts) in plans.items():
+        for path, (stored, sharding, whole, parts) in plans.items():
             arrays = {}
             for part, (of_part, devices) in parts.items():
                 host = jax.tree.map(lambda x: _empty(x.shape, x.dtype), of_part)
-                for read in pool.map(lambda copy: copy(), _copies(tensors, stored, part, host, quantize)):
+                for read in pool.map(lambda copy: copy(), _copies(tensors, stored, part, host)):
                     done += read
                     if progress:
                         progress(done, total)
@@ -231,7 +257,7 @@ def load_params(
                 lambda x, *shards, sharding=sharding: jax.make_array_from_single_device_arrays(
                     x.shape, sharding, list(shards)
                 ),
-                _like(path, stored.shape, dtype, quantize),
+                whole,
                 *[arrays[device] for device in order],
             )
     return unflatten(params)
@@ -249,7 +275,7 @@ def _parts(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[Part
 
 
 def _size(leaf: Any) -> int:
-    """Bytes of an array or its shape, or of those that a quantised kernel is made of."""
+    """Bytes of an array or its shape, or of those that a quantised matrix is made of."""
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(leaf))
 
 
@@ -262,7 +288,7 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _copies(
-    tensors: Tensors, stored: Stored, part: Part, out: np.ndarray | Quantised, quantize: str
+    tensors: Tensors, stored: Stored, part: Part, out: np.ndarray | Quantised
 ) -> Iterator[Callable[[], int]]:
     """The pieces of work that fill one part of a leaf, each returning the bytes that it wrote."""
 
@@ -271,7 +297,7 @@ def _copies(
             tensor = tensors.read(name, rows[::-1] if stored.transposed else rows)
             ours = tensor.T if stored.transposed else tensor
             if isinstance(target, Quantised):
-                found = quantise(ours.astype(target.dtype, copy=False), quantize)
+                found = quantise(ours.astype(target.dtype, copy=False), target.kind, target.axis)
                 target.values[...], target.scales[...] = found.values, found.scales
             else:
                 target[...] = ours
@@ -282,6 +308,15 @@ def _copies(
     if stored.stacked:
         for row, layer in enumerate(range(*part[0])):
             yield copy(stored.names[layer], part[1:], jax.tree.map(lambda x, row=row: x[row], out))
+    elif isinstance(out, Quantised):
+        (first, end), *columns = part
+        step = max(1, _TABLE_PIECE // out.shape[1])
+        for start in range(first, end, step):
+            stop = min(start + step, end)
+            here = slice(start - first, stop - first)
+            yield copy(
+                stored.name, ((start, stop), *columns), jax.tree.map(lambda x, here=here: x[here], out)
+            )
     else:
         yield copy(stored.name, part, out)
 

@@ -57,23 +57,25 @@ def partition(path: Path) -> PartitionSpec:
     return PartitionSpec(*axes[leaf])
 
 
-def parameter_sharding(mesh: Mesh, path: Path, shape: tuple[int, ...], block: int = 1) -> NamedSharding:
-    """The placement of one parameter; of a quantised kernel, that of its values and of its scales.
+def parameter_sharding(
+    mesh: Mesh, path: Path, shape: tuple[int, ...], block: int = 1, axis: int = -1
+) -> NamedSharding:
+    """The placement of one parameter; of a quantised one, that of its values and of its scales.
 
     Args:
-        block: inputs of a kernel that stay together.
+        block: numbers that stay together. axis: along which they lie, from the end.
     Raises:
         InputError: a dimension does not divide over its mesh axis; says which, and what would.
     """
     spec = partition(path)
-    for dimension, (size, axis) in enumerate(zip(shape, spec, strict=False)):
-        together = block if dimension == len(shape) - 2 else 1
-        if axis is not None and size // together % mesh.shape[axis]:
+    for dimension, (size, name) in enumerate(zip(shape, spec, strict=False)):
+        together = block if dimension == len(shape) + axis else 1
+        if name is not None and size // together % mesh.shape[name]:
             fits = [n for n in range(1, mesh.size + 1) if size // together % n == 0]
             counted = f"its {size}" + (f" in blocks of {together}" if together > 1 else "")
             raise InputError(
-                f"mesh.{axis} = {mesh.shape[axis]} does not divide {'/'.join(path)} {list(shape)} ({counted}); "
-                f"mesh.{axis} may be {', '.join(map(str, fits))}."
+                f"mesh.{name} = {mesh.shape[name]} does not divide {'/'.join(path)} {list(shape)} ({counted}); "
+                f"mesh.{name} may be {', '.join(map(str, fits))}."
             )
     return NamedSharding(mesh, spec)
 

@@ -7,6 +7,8 @@ matrix products a chunk, no recomputation, and peak memory that knows nothing of
 A chunk is a stretch of time of all rows, so that rows spread over devices stay where they are. Where the head is cut
 over devices too (`Spread`), each of them takes the hidden states of a chunk from the devices that share the head with
 it, makes the logits of its own words, and hands back its part of the gradient: the head itself never travels.
+
+A head that is kept in 8 or 4 bits is an array for as long as its products take, once for all chunks.
 """
 
 from collections.abc import Callable
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlora.core.kept import bits, floats
+from jaxlora.core.quantised import Quantised, whole
 from jaxlora.core.spread import Spread, at
 
 CHUNK = 128
@@ -56,7 +59,7 @@ class TokenMetrics(NamedTuple):
 
 def cross_entropy(
     hidden: Float[Array, "B T D"],
-    unembed: Float[Array, "V D"],
+    unembed: Float[Array, "V D"] | Quantised,
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     label_smoothing: Float[Array, ""] | float = 0.0,
@@ -72,7 +75,7 @@ def cross_entropy(
 
     Args:
         hidden: final hidden states; their dtype is the one multiplied in.
-        unembed: the output embedding (frozen).
+        unembed: the output embedding [V, D] (frozen), which may be quantised.
         targets: next-token ids.
         weights: 1 for a trained token, 0 for any other.
         label_smoothing: s in [0, 1), may be traced.
@@ -113,7 +116,7 @@ def _in_chunks(
     hidden, unembed, targets, weights, smoothing, chunk: int, spread: Spread | None, with_gradient: bool
 ) -> Any:
     """Scans over time in chunks; returns (objective, TokenLosses, gradient [B, T, D] or None)."""
-    head = at(unembed.astype(hidden.dtype), spread and spread.head)
+    head = _head(unembed, hidden, spread)
     # The mean as a matrix product: XLA's CPU backend would otherwise hold the whole head in float32 to sum it. The
     # barrier keeps the compiler from seeing that the rows are ones, and turning the product back into that sum.
     ones = jax.lax.optimization_barrier(jnp.ones((8, head.shape[0]), head.dtype))
@@ -151,7 +154,7 @@ def _in_chunks(
 
 def token_metrics(
     hidden: Float[Array, "B T D"],
-    unembed: Float[Array, "V D"],
+    unembed: Float[Array, "V D"] | Quantised,
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     chunk: int = CHUNK,
@@ -165,7 +168,7 @@ def token_metrics(
     Args:
         hidden, unembed, targets, weights, chunk, spread: as for `cross_entropy`.
     """
-    head = at(unembed.astype(hidden.dtype), spread and spread.head)
+    head = _head(unembed, hidden, spread)
     weights = weights.astype(jnp.float32)
 
     def one(carry, inputs):
@@ -189,6 +192,15 @@ def token_metrics(
 
     _, found = _over_chunks(one, None, (hidden, targets, weights), chunk, spread)
     return found
+
+
+def _head(
+    unembed: Float[Array, "V D"] | Quantised, hidden: Float[Array, "B T D"], spread: Spread | None
+) -> Float[Array, "V D"]:
+    """The output embedding in the dtype of the hidden states, where its products are."""
+    if isinstance(unembed, Quantised):
+        return whole(unembed, spread and spread.head, spread.words if spread else 1).astype(hidden.dtype)
+    return at(unembed.astype(hidden.dtype), spread and spread.head)
 
 
 def _logits(

@@ -31,6 +31,7 @@ CASES = {
     "model.revision": ("v1", [1]),
     "model.dtype": ("float32", ["float16", "", None]),
     "model.quantize": ("nf4", ["int4", "", None]),
+    "model.quantize_embeddings": ("int8", ["fp4", "", None]),
     "model.remat": ("auto", ["some", True]),
     "model.attention": ("splash", ["flash", True]),
     "lora.rank": (1, [0, -1, 2.0, "8", True]),

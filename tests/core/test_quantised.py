@@ -10,7 +10,19 @@ import pytest
 from scipy.stats import norm
 
 from jaxlora.core.products import contract
-from jaxlora.core.quantised import BLOCK, KINDS, NF4, Quantised, block_of, like, plain, quantise
+from jaxlora.core.quantised import (
+    BLOCK,
+    KINDS,
+    NF4,
+    TABLE,
+    Quantised,
+    as_array,
+    block_of,
+    like,
+    plain,
+    quantise,
+    whole,
+)
 
 GAP = max(high - low for low, high in itertools.pairwise(NF4))
 
@@ -117,3 +129,55 @@ def test_a_kernel_of_layers_is_sliced_mapped_and_batched_as_its_arrays():
     for i, layer in enumerate(jax.lax.map(plain, stacked)):
         np.testing.assert_array_equal(layer, plain(layers[i]))
         np.testing.assert_array_equal(layer, plain(stacked)[i])
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("width", "words"), [(64, 5), (192, 7), (48, 4), (3584, 130)])
+def test_a_table_is_a_kernel_the_other_way_round(kind, width, words):
+    """Row for row: a word's numbers are quantised as an output's inputs."""
+    stored = kernel(width, words).T
+    table, other = quantise(stored, kind, TABLE), quantise(stored.T, kind)
+    expected = like(stored.shape, np.float32, kind, TABLE)
+    assert (table.shape, table.size, table.kind) == (stored.shape, stored.size, kind)
+    assert (table.values.shape, table.values.dtype) == (expected.values.shape, expected.values.dtype)
+    assert (table.scales.shape, table.scales.dtype) == (expected.scales.shape, expected.scales.dtype)
+    assert expected.scales.shape == (words, width // block_of(width))
+    assert table.values.flags.c_contiguous
+    np.testing.assert_array_equal(table.values, other.values.T)
+    np.testing.assert_array_equal(table.scales, other.scales.T)
+    np.testing.assert_array_equal(plain(table), np.asarray(plain(other)).T)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_table_are_taken_before_they_become_arrays(kind):
+    table = jax.tree.map(jnp.asarray, quantise(kernel(128, 30).T.astype(ml_dtypes.bfloat16), kind, TABLE))
+    words = jnp.asarray([[3, 0, 29], [7, 7, 1]])
+    rows: Quantised = jax.tree.map(lambda x: jnp.take(x, words, axis=0), table)
+    assert rows.shape == (2, 3, 128)
+    assert plain(rows).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(plain(rows), plain(table)[words])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tables_memory_order_and_pieces_change_nothing(kind, monkeypatch):
+    stored = kernel(128, 50).T
+    one = quantise(np.ascontiguousarray(stored), kind, TABLE)
+    monkeypatch.setattr("jaxlora.core.quantised._AT_ONCE", 128 * 7)
+    other = quantise(np.asfortranarray(stored), kind, TABLE)
+    np.testing.assert_array_equal(one.values, other.values)
+    np.testing.assert_array_equal(one.scales, other.scales)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("at_once", [7, 10, 1000])
+def test_a_table_becomes_an_array_some_words_at_a_time(kind, at_once, monkeypatch):
+    monkeypatch.setattr("jaxlora.core.quantised._WORDS_AT_ONCE", at_once)
+    table = jax.tree.map(jnp.asarray, quantise(kernel(128, 30).T.astype(ml_dtypes.bfloat16), kind, TABLE))
+    expected = plain(table)
+    for found in (jax.jit(whole)(table), jax.jit(lambda x: whole(x, None, 2))(table), as_array(table)):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(as_array(expected), expected)

@@ -12,6 +12,7 @@ from jaxlora.experiments.records import Curves, Run
 BASE = {
     "model.path": "Qwen/Qwen2.5-0.5B-Instruct",
     "model.quantize": "none",
+    "model.quantize_embeddings": "none",
     "lora.rank": 16,
     "lora.alpha": 32.0,
     "lora.scaling": "alpha/r",
@@ -69,6 +70,7 @@ def test_numbers_as_a_person_writes_them(value, written):
         ({"train__batch_size": 128.0, "lora__rank": 16.0}, []),
         ({"unheard_of": 3}, []),
         ({"model__quantize": "nf4"}, ["kernels in nf4"]),
+        ({"model__quantize_embeddings": "int8"}, ["embeddings in int8"]),
         ({"model__path": "/models/mine"}, ["model mine instead of Qwen/Qwen2.5-0.5B-Instruct"]),
     ],
 )  # fmt: skip

@@ -98,6 +98,14 @@ def test_a_base_in_four_bits_is_as_small_as_it_will_be(compiled):
     assert saved == plain["parameters"] - four["parameters"]
 
 
+def test_embeddings_in_four_bits_are_as_small_as_they_will_be(compiled):
+    plain, four = (compiled("--devices", 1, model__quantize_embeddings=kind)[3] for kind in ("none", "nf4"))
+    values = 2 * 320 * 64
+    assert plain["parameters"] - four["parameters"] == values * 2 - (values // 2 + values // 64 * 2)
+    saved = plain["programs"]["training"]["arguments"] - four["programs"]["training"]["arguments"]
+    assert saved == plain["parameters"] - four["parameters"]
+
+
 @pytest.mark.slow
 def test_what_does_not_fit_is_said_with_the_remedy(compiled):
     _, _, _, all_of_it = compiled("--devices", 1)

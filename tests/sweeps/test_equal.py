@@ -116,17 +116,31 @@ def test_curves_and_ends(both, name):
 
 @pytest.mark.slow
 def test_trials_over_a_base_in_four_bits(base_config, tmp_path):
-    """And next to one over the base as it is, which is another base."""
+    """And next to one over the base as it is, and one over its embeddings in four bits, which are other bases."""
     trials = [
-        trial(base_config, name, model__quantize=kind, optim__learning_rate=rate)
-        for name, kind, rate in (("a", "nf4", 1e-2), ("b", "nf4", 3e-3), ("c", "none", 1e-2))
+        trial(
+            base_config,
+            name,
+            model__quantize=kind,
+            model__quantize_embeddings=tables,
+            optim__learning_rate=rate,
+        )
+        for name, kind, tables, rate in (
+            ("a", "nf4", "none", 1e-2),
+            ("b", "nf4", "none", 3e-3),
+            ("c", "none", "none", 1e-2),
+            ("d", "none", "nf4", 1e-2),
+            ("e", "none", "nf4", 3e-3),
+        )
     ]
     with see_devices(1):
         Swept(trials, tmp_path / "sweep")
-        assert fine_tune(alone(trials[1].config), tmp_path / "alone", "tiny.py") == 0
-    ends = {name: read(tmp_path / "sweep" / name)["best"]["eval/nll"] for name in "abc"}
-    assert near(ends["b"], read(tmp_path / "alone")["best"]["eval/nll"])
-    assert len(set(ends.values())) == 3
+        for i, name in ((1, "b"), (4, "e")):
+            assert fine_tune(alone(trials[i].config), tmp_path / "alone" / name, "tiny.py") == 0
+    ends = {name: read(tmp_path / "sweep" / name)["best"]["eval/nll"] for name in "abcde"}
+    for name in "be":
+        assert near(ends[name], read(tmp_path / "alone" / name)["best"]["eval/nll"])
+    assert len(set(ends.values())) == 5
 
 
 @pytest.mark.slow

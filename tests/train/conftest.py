@@ -98,6 +98,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "cut": {"mesh__data": 1, "mesh__fsdp": 8, "lora__targets": "q_proj"},
     "nf4": {"model__quantize": "nf4", "eval__generate": 5, "eval__max_new_tokens": 4},
+    "tables": {"model__quantize_embeddings": "nf4", "eval__generate": 5, "eval__max_new_tokens": 4},
 }
 """Runs that other commands are pointed at: what each changes in `SETTINGS`."""
 

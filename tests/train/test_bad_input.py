@@ -92,7 +92,15 @@ def test_wrong_type(refused):
 
 def test_quantisation(refused, project, call, tmp_path, devices):
     refused("model.quantize", "'int4'", "'none'", "'int8'", "'nf4'", model__quantize="int4")
+    refused("model.quantize_embeddings", "'fp4'", "'int8'", "'nf4'", model__quantize_embeddings="fp4")
     devices(2)  # the base has 32 inputs, which are one block
+    refused(
+        "mesh.fsdp = 2 does not divide embed_tokens/embedding",
+        "(its 32 in blocks of 32); mesh.fsdp may be 1.",
+        model__quantize_embeddings="int8",
+        mesh__data=1,
+        mesh__fsdp=2,
+    )
     refused(
         "mesh.fsdp = 2 does not divide",
         "(its 32 in blocks of 32); mesh.fsdp may be 1.",

@@ -160,9 +160,12 @@ def test_every_variant_goes_on_as_it_was(command, undisturbed, project, tmp_path
 
 
 @pytest.mark.slow
-def test_over_a_base_in_four_bits_too(command, undisturbed, project, tmp_path):
+@pytest.mark.parametrize(
+    "kept", [{"model__quantize": "nf4"}, {"model__quantize": "int8", "model__quantize_embeddings": "nf4"}]
+)
+def test_over_a_base_in_four_bits_too(command, undisturbed, project, tmp_path, kept):
     """It is quantised anew at every start, to the same bits."""
-    settings = SHAPE | {"model__quantize": "nf4"}
+    settings = SHAPE | kept
     expected = undisturbed(settings)
     arguments = project.arguments(tmp_path / "run", **settings)
     assert command.run(arguments, die=[str(tmp_path / "run/checkpoints"), 40]) == -signal.SIGKILL, (

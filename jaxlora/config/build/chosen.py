@@ -24,7 +24,7 @@ class Chosen:
     """A base, and the adapter to put on it.
 
     Attributes:
-        model, revision, dtype, quantize: the base, as in a config's `model`.
+        model, revision, dtype, quantize, quantize_embeddings: the base, as in a config's `model`.
         description: of both, for a person.
         run, config: where it came from, if from a run.
         folder: the adapter as a PEFT folder, if it is one.
@@ -36,6 +36,7 @@ class Chosen:
     revision: str
     dtype: str
     quantize: str
+    quantize_embeddings: str
     description: str
     run: RunDirectory | None = None
     config: Config | None = None
@@ -45,8 +46,8 @@ class Chosen:
 
 
 def add_arguments(parser: CommandParser, dtype: bool = True) -> None:
-    """Gives a command --run, --step, --average-best, --adapter, --model and, where the base is computed, --dtype and
-    --quantize."""
+    """Gives a command --run, --step, --average-best, --adapter, --model and, where the base is computed, --dtype,
+    --quantize and --quantize-embeddings."""
     parser.add_argument("--run", type=Path, help="a run's folder: its base, with its adapter")
     parser.add_argument("--step", help="with --run: best, last, or the number of a kept step (best)")
     parser.add_argument(
@@ -58,7 +59,7 @@ def add_arguments(parser: CommandParser, dtype: bool = True) -> None:
     parser.add_argument("--adapter", type=Path, help="a PEFT adapter folder; its base is the one it names")
     parser.add_argument("--model", help="a base: Hugging Face id or local folder, bare or for --adapter")
     if not dtype:
-        parser.set_defaults(dtype=None, quantize=None)
+        parser.set_defaults(dtype=None, quantize=None, quantize_embeddings=None)
         return
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="of the base (a run's own, or bfloat16)"
@@ -67,6 +68,11 @@ def add_arguments(parser: CommandParser, dtype: bool = True) -> None:
         "--quantize",
         choices=("none", "int8", "nf4"),
         help="the base's kernels in 8 or 4 bits (as a run had them, or none)",
+    )
+    parser.add_argument(
+        "--quantize-embeddings",
+        choices=("none", "int8", "nf4"),
+        help="likewise its embedding and its head",
     )
 
 
@@ -92,7 +98,8 @@ def choose(arguments: Namespace) -> Chosen:
             raise InputError(f"{option} goes with --run: leave it out, or name the run.")
     if arguments.adapter is None and arguments.model is None:
         raise InputError("name what is meant: --run FOLDER, --adapter FOLDER or --model FOLDER_OR_ID.")
-    computed = (arguments.dtype or "bfloat16", arguments.quantize or "none")
+    quantized = (arguments.quantize or "none", arguments.quantize_embeddings or "none")
+    computed = (arguments.dtype or "bfloat16", *quantized)
     if arguments.adapter is None:
         return Chosen(arguments.model, "", *computed, arguments.model)
     from jaxlora.lora.peft import read_config
@@ -105,11 +112,17 @@ def choose(arguments: Namespace) -> Chosen:
     return Chosen(model, revision, *computed, f"{model} with {arguments.adapter}", folder=arguments.adapter)
 
 
-def _base_of_run(run: RunDirectory, config: Config, arguments: Namespace) -> tuple[str, str, str, str]:
-    """Path, revision, dtype and quantisation of a run's base, the last two as the arguments have them."""
+def _base_of_run(run: RunDirectory, config: Config, arguments: Namespace) -> tuple[str, str, str, str, str]:
+    """Path, revision, dtype and both quantisations of a run's base, all but path and revision as the arguments have
+    them."""
     own = config.model
-    dtype, quantize = arguments.dtype or own.dtype, arguments.quantize or own.quantize
-    return own.path, _trained_revision(run, config), dtype, quantize
+    return (
+        own.path,
+        _trained_revision(run, config),
+        arguments.dtype or own.dtype,
+        arguments.quantize or own.quantize,
+        arguments.quantize_embeddings or own.quantize_embeddings,
+    )
 
 
 def _of_run(path: Path, step: str, arguments: Namespace) -> Chosen:

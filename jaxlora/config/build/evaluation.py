@@ -122,8 +122,15 @@ def averaged(chosen: Chosen, config: Config, devices: Sequence[Any], progress: P
         InputError: base, data or a checkpoint are gone, or the evaluation does not fit.
     """
     mesh = fitting_mesh(config.mesh, config.eval.batch_size, devices, progress.say)
-    of_base = (chosen.model, chosen.revision, chosen.dtype, chosen.quantize)
-    model = inputs.find(ModelConfig(*of_base, config.model.remat), mesh)
+    of_base = ModelConfig(
+        chosen.model,
+        chosen.revision,
+        chosen.dtype,
+        chosen.quantize,
+        chosen.quantize_embeddings,
+        config.model.remat,
+    )
+    model = inputs.find(of_base, mesh)
     inputs.check_rows("eval.batch_size", config.eval.batch_size, mesh)
     read = load(chosen, model)
     if read is None:

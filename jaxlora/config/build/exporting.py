@@ -25,11 +25,19 @@ def base(chosen: Chosen, weights: bool) -> tuple[ModelFiles, DecoderSpec]:
     """
     adapter = chosen.folder or (chosen.run.best if chosen.run else "FOLDER")
     elsewhere = f"name another copy: --adapter {adapter} --model FOLDER_OR_ID"
-    if weights and chosen.quantize != "none":
+    quantised = [
+        f"{what} in {kind} ({key})"
+        for what, kind, key in (
+            ("kernels", chosen.quantize, "model.quantize"),
+            ("embeddings", chosen.quantize_embeddings, "model.quantize_embeddings"),
+        )
+        if kind != "none"
+    ]
+    if weights and quantised:
         raise InputError(
-            f"{chosen.description} was trained over kernels in {chosen.quantize} (model.quantize): merged into those "
-            "as published, it is not what was evaluated.\nExport it with --to peft; to merge it all the same, name "
-            f"its folder: --to merged --adapter {chosen.folder or 'FOLDER'}."
+            f"{chosen.description} was trained over {' and '.join(quantised)}: merged into the base as published, it "
+            "is not what was evaluated.\nExport it with --to peft; to merge it all the same, name its folder: "
+            f"--to merged --adapter {chosen.folder or 'FOLDER'}."
         )
     try:
         files = resolve_model(chosen.model, chosen.revision, weights=weights)
@@ -37,10 +45,10 @@ def base(chosen: Chosen, weights: bool) -> tuple[ModelFiles, DecoderSpec]:
         raise InputError(
             f"the adapter's base cannot be had: {error}\nIf it is elsewhere now, {elsewhere}."
         ) from error
-    quantised = files.config.get("quantization_config")
-    if quantised and weights:
+    stored = files.config.get("quantization_config")
+    if stored and weights:
         raise InputError(
-            f"the base {chosen.model} is quantised (quant_method {quantised.get('quant_method', 'unknown')!r}): an "
+            f"the base {chosen.model} is quantised (quant_method {stored.get('quant_method', 'unknown')!r}): an "
             f"adapter is merged into weights as they were before that.\nTo merge it into those, {elsewhere}."
         )
     try:

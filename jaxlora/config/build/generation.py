@@ -21,19 +21,21 @@ from jaxlora.parallel.mesh import make_mesh
 from jaxlora.parallel.rows import placed
 
 
-def answering_model(path: str, revision: str, dtype: str, quantize: str = "none") -> Model:
+def answering_model(
+    path: str, revision: str, dtype: str, quantize: str = "none", quantize_embeddings: str = "none"
+) -> Model:
     """Finds a base for one conversation at a time; loads no weights.
 
     There are no rows to share out, so devices share every matrix product, as many as divide the key heads.
 
     Args:
-        path, revision, dtype, quantize: as in the config's `model`.
+        path, revision, dtype, quantize, quantize_embeddings: as in the config's `model`.
     Raises:
         InputError: no such model, or one that the decoder cannot compute.
     """
     files = resolve_model(path, revision)
     spec = DecoderSpec.from_hf(files.config)
-    check_blocks(quantize, spec)
+    check_blocks(spec, quantize, quantize_embeddings)
     devices = jax.devices()
     shared = [spec.num_kv_heads, spec.intermediate_size, spec.vocab_size]
     if quantize != "none":
@@ -43,7 +45,7 @@ def answering_model(path: str, revision: str, dtype: str, quantize: str = "none"
     mesh = make_mesh((1, 1, count), devices[:count])
     everywhere = NamedSharding(mesh, PartitionSpec()) if count > 1 else None
     decoder = Decoder(spec, remat="none", dtype=jnp.dtype(dtype), activation_sharding=everywhere)
-    return Model(files, spec, decoder, mesh, quantize)
+    return Model(files, spec, decoder, mesh, quantize, quantize_embeddings)
 
 
 def effective(

@@ -19,7 +19,15 @@ from jaxlora.data.sources import Source, load_conversations, split_off_eval
 from jaxlora.models.attention import Attention
 from jaxlora.models.decoder import Decoder
 from jaxlora.models.spec import DecoderSpec
-from jaxlora.models.weights import ModelFiles, load_params, param_likes, param_shapes, resolve_model
+from jaxlora.models.weights import (
+    AXES,
+    ModelFiles,
+    kept_in,
+    load_params,
+    param_likes,
+    param_shapes,
+    resolve_model,
+)
 from jaxlora.parallel import sharding
 from jaxlora.parallel.mesh import make_mesh
 
@@ -33,7 +41,7 @@ class Model:
 
     Attributes:
         files: where it lies. spec: its numbers. decoder: the function. mesh: the devices it will live on.
-        quantize: what its kernels are kept in, as in a config's `model`.
+        quantize, quantize_embeddings: what its kernels and its tables are kept in, as in a config's `model`.
     """
 
     files: ModelFiles
@@ -41,11 +49,13 @@ class Model:
     decoder: Decoder
     mesh: Mesh
     quantize: str = "none"
+    quantize_embeddings: str = "none"
 
     def shapes(self) -> dict[str, Any]:
         """The base's tree of placed `jax.ShapeDtypeStruct`s: enough to compile with."""
         placed = {}
-        for path, leaf in param_likes(self.spec, self.decoder.dtype, self.quantize).items():
+        likes = param_likes(self.spec, self.decoder.dtype, self.quantize, self.quantize_embeddings)
+        for path, leaf in likes.items():
             place = self.place(path, leaf.shape)
             placed[path] = jax.tree.map(
                 lambda x, place=place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), leaf
@@ -54,12 +64,14 @@ class Model:
 
     def place(self, path: Path, shape: tuple[int, ...]) -> NamedSharding:
         """Where a leaf of the base lives; the shape of a quantised one is that of what it stands for."""
-        quantised = self.quantize != "none" and path[-1] == "kernel"
-        return sharding.parameter_sharding(self.mesh, path, shape, block_of(shape[-2]) if quantised else 1)
+        if kept_in(path, self.quantize, self.quantize_embeddings) == "none":
+            return sharding.parameter_sharding(self.mesh, path, shape)
+        axis = AXES[path[-1]]
+        return sharding.parameter_sharding(self.mesh, path, shape, block_of(shape[axis]), axis)
 
     def told(self, path: Path, leaf: Any) -> Any:
-        """A leaf of the base; a quantised one that is cut over `fsdp` is told where its layers are put together."""
-        if not isinstance(leaf, Quantised) or self.mesh.shape["fsdp"] == 1:
+        """A leaf of the base; a quantised kernel that is cut over `fsdp` is told where its layers are put together."""
+        if not isinstance(leaf, Quantised) or path[-1] != "kernel" or self.mesh.shape["fsdp"] == 1:
             return leaf
         return dataclasses.replace(leaf, together=sharding.layer_together(self.mesh, path))
 
@@ -125,7 +137,7 @@ def find(chosen: ModelConfig, mesh: Mesh, weights: bool = True) -> Model:
     """
     files = resolve_model(chosen.path, chosen.revision, weights=weights)
     spec = DecoderSpec.from_hf(files.config)
-    check_blocks(chosen.quantize, spec)
+    check_blocks(spec, chosen.quantize, chosen.quantize_embeddings)
     decoder = Decoder(
         spec,
         remat="full" if chosen.remat == "auto" else chosen.remat,  # until `memory.fit` knows what fits
@@ -133,18 +145,23 @@ def find(chosen: ModelConfig, mesh: Mesh, weights: bool = True) -> Model:
         activation_sharding=sharding.activation_sharding(mesh) if mesh.size > 1 else None,
         attention=attention(chosen, spec, mesh),
     )
-    return Model(files, spec, decoder, mesh, chosen.quantize)
+    return Model(files, spec, decoder, mesh, chosen.quantize, chosen.quantize_embeddings)
 
 
-def check_blocks(quantize: str, spec: DecoderSpec) -> None:
-    """Raises InputError when a kernel has too few inputs, or an odd number of them, to be quantised in blocks."""
-    kernels = {path[-2]: shape for path, shape in param_shapes(spec).items() if path[-1] == "kernel"}
-    for name, (_, inputs, _) in kernels.items():
-        if quantize != "none" and block_of(inputs) < SMALLEST_BLOCK:
-            raise InputError(
-                f"model.quantize = {quantize!r} takes kernels in blocks of {BLOCK} inputs, or {SMALLEST_BLOCK} at the "
-                f"least, and {name} has {inputs}.\nOf this model it can only be 'none'."
-            )
+def check_blocks(spec: DecoderSpec, quantize: str, quantize_embeddings: str = "none") -> None:
+    """Raises InputError when kernels or words have too few numbers, or an odd number, to be quantised in blocks."""
+    for path, shape in param_shapes(spec).items():
+        kind = kept_in(path, quantize, quantize_embeddings)
+        if kind == "none" or block_of(shape[AXES[path[-1]]]) >= SMALLEST_BLOCK:
+            continue
+        key, blocks = {
+            "kernel": ("model.quantize", f"kernels in blocks of {BLOCK} inputs"),
+            "embedding": ("model.quantize_embeddings", f"words in blocks of {BLOCK} numbers"),
+        }[path[-1]]
+        raise InputError(
+            f"{key} = {kind!r} takes {blocks}, or {SMALLEST_BLOCK} at the least, and {path[-2]} has "
+            f"{shape[AXES[path[-1]]]}.\nOf this model it can only be 'none'."
+        )
 
 
 def offloads(mesh: Mesh) -> bool:
@@ -206,8 +223,8 @@ def base(model: Model, progress: Counter | None = None) -> dict[str, Any]:
     def place(path: str, shape: tuple[int, ...], dtype: Any) -> NamedSharding:
         return model.place(tuple(path.split("/")), shape)
 
-    dtype, quantize = model.decoder.dtype, model.quantize
-    return map_leaves(model.told, load_params(model.files, model.spec, dtype, place, progress, quantize))
+    kept = model.decoder.dtype, place, progress, model.quantize, model.quantize_embeddings
+    return map_leaves(model.told, load_params(model.files, model.spec, *kept))
 
 
 def encoder(model: Model, train_on: str = "assistant") -> ChatEncoder:

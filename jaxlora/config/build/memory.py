@@ -274,8 +274,10 @@ def remedy(config: Config, model: Model, work: Work) -> str:
         helps.append(f"a shorter data.max_length (it is {config.data.max_length})")
     if config.mesh.fsdp == 1:
         helps.append("a base that is cut over several devices (--config.mesh.fsdp=-1 --config.mesh.data=1)")
-    if config.model.quantize != "nf4":
-        helps.append("--config.model.quantize=nf4, which is another base (docs/quantised.md)")
+    larger = [key for key in ("quantize", "quantize_embeddings") if getattr(config.model, key) != "nf4"]
+    if larger:
+        flags = " ".join(f"--config.model.{key}=nf4" for key in larger)
+        helps.append(f"{flags}, which is another base (docs/quantised.md)")
     return f"What helps: {', or '.join(helps)}."
 
 

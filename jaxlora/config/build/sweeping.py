@@ -33,7 +33,8 @@ class Bases:
     def base(self, config: Config, model: Model, progress: Progress) -> Any:
         """The parameters on the devices; those of another model or mesh are let go first."""
         chosen = config.model
-        key = (chosen.path, chosen.revision, chosen.dtype, chosen.quantize, model.mesh)
+        kept = (chosen.dtype, chosen.quantize, chosen.quantize_embeddings)
+        key = (chosen.path, chosen.revision, *kept, model.mesh)
         if self._base[0] != key:
             self._base = (None, None)
             with progress.stage("loading the base") as stage:
