@@ -65,18 +65,17 @@ def training(spec: DecoderSpec, ranks: Mapping[str, int], rows: int, length: int
         remat: `model.remat`, settled: not "auto".
     """
     tokens, layers = float(rows * length), spec.num_layers
-    base = lora = inner = 0.0  # forward, a token and layer; inner: of lora, the products with A
+    base = lora = 0.0  # forward, a token and layer
     for name, (i, o) in kernels(spec).items():
         base += 2.0 * i * o
         lora += 2.0 * ranks.get(name, 0) * (i + o)
-        inner += 2.0 * ranks.get(name, 0) * i
     attention = 4.0 * length * spec.num_heads * spec.head_dim
     # Nothing in the backward pass asks for what a layer's last product handed out.
     i, o = kernels(spec)["down_proj"]
     whole_layer = (base - 2.0 * i * o, lora - 2.0 * ranks.get("down_proj", 0) * o, attention)
     again = {
         "none": (0.0, 0.0, 0.0),
-        "dots": (0.0, inner, attention),
+        "dots": (0.0, 0.0, attention),  # the formula's; kinds that keep their output need less of it again
         "full": whole_layer,
         "offload": whole_layer,
     }[remat]
