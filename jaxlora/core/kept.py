@@ -47,4 +47,4 @@ def _bits_kept(x, name):
 
 @_bits_kept.defjvp
 def _through(name, primals, tangents):
-    return kept_residual(*primals, name), tangents[0]
+    return kept_residual(primals[0], name), tangents[0]

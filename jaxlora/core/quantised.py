@@ -183,10 +183,8 @@ def plain(matrix: Array | Quantised) -> Float[Array, "..."]:
     """A matrix as an array of its dtype; one that is not quantised is returned as it is."""
     if not isinstance(matrix, Quantised):
         return matrix
-    shape, inside = (
-        matrix.scales.shape,
-        matrix.scales.ndim + matrix.axis + 1,
-    )  # the axis within blocks, to come
+    shape = matrix.scales.shape
+    inside = len(shape) + matrix.axis + 1  # the axis within blocks, to come
     values = jnp.asarray(matrix.values).reshape(*shape[:inside], -1, *shape[inside:])
     scales = jnp.expand_dims(jnp.asarray(matrix.scales, jnp.float32), inside)
     if values.dtype == jnp.uint8:
