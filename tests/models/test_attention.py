@@ -1,18 +1,22 @@
 """Every way to compute attention gives the plain formula's values and gradients, and none but that one its memory."""
 
 import re
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.interpreters import partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlora.models import sparse as sparse_module
 from jaxlora.models.attention import KERNEL_FROM, LONG, MASK_UP_TO, SPARSE_FROM, Attention, attention
 from jaxlora.models.blockwise import blockwise
-from jaxlora.models.decoder import Decoder
+from jaxlora.models.decoder import REMAT_POLICIES, Decoder
 from jaxlora.models.places import Places
 from jaxlora.models.sparse import sparse
 from jaxlora.models.spec import DecoderSpec
@@ -306,3 +310,32 @@ def test_memory_of_blocks_is_linear_in_the_length_of_a_row(kind):
     plain = compiled("plain", 4096)
     assert square.search(plain.as_text())
     assert plain.memory_analysis().temp_size_in_bytes > 5 * memory[2]
+
+
+def exponentials(jaxpr: Any) -> Iterator[Any]:
+    """All that are written down in it, within loops and branches too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "exp":
+            yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from exponentials(getattr(inner, "jaxpr", inner))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", ["blockwise", "sparse"])
+def test_dots_computes_no_softmax_again_for_what_attention_hands_out(kind, dtype):
+    q, k, v, _ = drawn(1, 128, (4, 2), 8, dtype)
+    places, weight = packed(1, 128, 60, 50), jnp.ones((8, 8), dtype)
+
+    def count(remat):
+        @partial(jax.checkpoint, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        def layer(q, k, v, weight):  # the weight's gradient asks for attention's output
+            out = attention(q, k, v, places, None, None, Attention(kind)).astype(dtype)
+            return jnp.sum((out @ weight).astype(jnp.float32) ** 2)
+
+        traced = jax.make_jaxpr(jax.value_and_grad(layer, argnums=(0, 1, 2, 3)))(q, k, v, weight).jaxpr
+        traced, _ = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
+        return len(list(exponentials(traced)))
+
+    forward = {"blockwise": 2, "sparse": 1}[kind]
+    assert (count("full"), count("dots")) == (2 * forward + 1, forward + 1)
