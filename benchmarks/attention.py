@@ -26,7 +26,7 @@ from jax.sharding import SingleDeviceSharding
 from benchmarks import commands, report, timing
 from benchmarks.shapes import spec
 from jaxlora.config.build import programs
-from jaxlora.config.build.inputs import Model, attention_platform
+from jaxlora.config.build.inputs import Model, attention_platform, by_example
 from jaxlora.config.schema import Config
 from jaxlora.models.attention import Attention, attention
 from jaxlora.models.decoder import Decoder
@@ -91,6 +91,7 @@ def compute(how: Attention, arrays: list[Any], places: Places) -> Any:
     return out, *gradients
 
 
+BY_EXAMPLE = "cudnn, by example"
 LAYOUTS = {"one example": ((1, 1.0),), "packed": ((1, 1 / 2), (2, 3 / 8), (0, 1 / 8))}
 """Of a row: (segment, share of its positions); 0 is padding."""
 
@@ -115,6 +116,8 @@ def run(
     exact = compute(Attention("plain", platform), [x[:1] for x in wide], first)
     narrow = [x.astype(jnp.bfloat16) for x in wide]
     hows = {kind: Attention(kind, platform) for kind in kinds}
+    if by_example(jax.devices()[0]):
+        hows[BY_EXAMPLE] = Attention("cudnn", platform, stretches=len(parts) + 1)
     errors = {
         kind: [
             float(jnp.sqrt(jnp.mean((x.astype(jnp.float32) - y) ** 2) / jnp.mean(y**2)))
@@ -129,7 +132,7 @@ def run(
         },
         rounds,
     )
-    return {kind: {"seconds": timing.spread(taken[kind]), "errors": errors[kind]} for kind in kinds}
+    return {kind: {"seconds": timing.spread(taken[kind]), "errors": errors[kind]} for kind in hows}
 
 
 def run_all(kinds: list[str], platform: str, arguments: argparse.Namespace) -> None:
@@ -141,6 +144,7 @@ def run_all(kinds: list[str], platform: str, arguments: argparse.Namespace) -> N
             found.setdefault(layout, {})[str(length)] = run(
                 length, layout, kinds, platform, tokens, arguments.rounds
             )
+    kinds = list(found["packed"][str(lengths[0])])
     print(f"one layer with its gradients, {tokens:,} tokens at once, {report.device()}; milliseconds")
     report.table(
         ("", "row", *kinds),

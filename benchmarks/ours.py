@@ -1,7 +1,7 @@
 """Our train step over random weights, as a run compiles it, for the benchmarks that time or count it."""
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -10,9 +10,9 @@ import numpy as np
 
 from benchmarks.shapes import ALPHA, CLIP_NORM, LEARNING_RATE, RANK, WEIGHT_DECAY, random_bits
 from jaxlora.config.build import memory, programs
-from jaxlora.config.build.inputs import Model, attention_platform
+from jaxlora.config.build.inputs import Model, attention_platform, by_example
 from jaxlora.config.schema import Config
-from jaxlora.core.tree import unflatten
+from jaxlora.core.tree import Path, unflatten
 from jaxlora.models.attention import Attention
 from jaxlora.models.decoder import Decoder
 from jaxlora.models.spec import DecoderSpec
@@ -23,12 +23,29 @@ from jaxlora.parallel.mesh import make_mesh
 def random_base(spec: DecoderSpec, dtype: str = "bfloat16") -> dict[str, Any]:
     """A base with random weights and norms of one, on the first device."""
     random = np.random.default_rng(0)
-    return unflatten(
-        {
-            path: jnp.asarray(np.ones(shape) if path[-1] == "scale" else random_bits(random, shape), dtype)
-            for path, shape in param_shapes(spec).items()
-        }
-    )
+
+    def leaf(path: Path, shape: tuple[int, ...]) -> Any:
+        if path[-1] == "scale":
+            return jnp.ones(shape, dtype)
+        if jax.devices()[0].platform == "cpu":  # whose memory is measured: a program would leave some behind
+            return jnp.asarray(random_bits(random, shape), dtype)
+        key = jax.random.key(int(random.integers(2**31)))
+        return _random_bits_there(key, shape, dtype)
+
+    return unflatten({path: leaf(path, shape) for path, shape in param_shapes(spec).items()})
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _random_bits_there(key: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """`random_bits`, drawn on the device; one layer after the other, since its memory is measured too."""
+
+    def drawn(key: Any, size: tuple[int, ...]) -> Any:
+        bits = (jax.random.bits(key, size, jnp.uint16) & 0x807F) | 0x3C00
+        return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(dtype)
+
+    if len(shape) < 3:
+        return drawn(key, shape)
+    return jax.lax.map(lambda one: drawn(one, shape[1:]), jax.random.split(key, shape[0]))
 
 
 def filled(rows: int, length: int, vocabulary: int, examples: int = 1) -> dict[str, np.ndarray]:
@@ -54,7 +71,7 @@ class OurStep:
     Args:
         spec: the base. rows, length: of a step's batch. dtype: of the base. remat: a policy of the decoder, or
             "auto" for the first that a run with that value tries on the device.
-        attention: its kind.
+        attention: its kind. examples: the most that a row of a batch has.
         at_once: rows of a micro-batch; all by default.
     Attributes:
         remat: the policy.
@@ -71,6 +88,7 @@ class OurStep:
         remat: str = "full",
         attention: str = "auto",
         at_once: int | None = None,
+        examples: int = 1,
     ):
         self._micro_batches = rows // (at_once or rows)
         self.config = Config.from_dict(
@@ -86,7 +104,9 @@ class OurStep:
             }
         )  # fmt: skip
         device = jax.devices()[0]
-        how, mesh = Attention(attention, attention_platform(device)), make_mesh((1, 1, 1), [device])
+        stretches = examples + 1 if by_example(device) else None
+        how = Attention(attention, attention_platform(device), stretches=stretches)
+        mesh = make_mesh((1, 1, 1), [device])
         self.remat = memory.policies(self.config, mesh)[0]
         decoder = Decoder(spec, remat=self.remat, dtype=jnp.dtype(dtype), attention=how)
         self.model = Model(None, spec, decoder, mesh)  # type: ignore[arg-type]

@@ -22,11 +22,12 @@ def build(job: dict[str, Any]) -> Side:
     shape = spec(job["shape"])
     remat = "auto" if job["remat"] == "none" else job["remat"]  # where one may keep all, it need not
     at_once = min(job["rows"], job["at_once"])
-    ours = OurStep(shape, job["rows"], job["length"], job["dtype"], remat, at_once=at_once)
+    batches = conversations(job) if job["examples"] else None
+    most = batches.most_segments if batches else 1
+    ours = OurStep(shape, job["rows"], job["length"], job["dtype"], remat, at_once=at_once, examples=most)
     if ours.compiled is None:
         raise MemoryError("the compiled step does not fit the device")
     step = ours.starter(random_base(shape, job["dtype"]))
-    batches = conversations(job) if job["examples"] else None
     drawn, done = ours.put(filled(job["rows"], job["length"], shape.vocab_size)), 0
 
     def run() -> int:

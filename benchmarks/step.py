@@ -31,7 +31,7 @@ STEPS = 10
 
 def measure(base: dict[str, Any], rows: int, length: int, attention: str, remat: str) -> dict[str, Any]:
     """Losses of the first five steps, and the median time of the next ten."""
-    ours = OurStep(SPEC, rows, length, remat=remat, attention=attention)
+    ours = OurStep(SPEC, rows, length, remat=remat, attention=attention, examples=2)
     if ours.compiled is None:
         return {"fits": False}
     step, batch = ours.starter(base), ours.put(filled(rows, length, SPEC.vocab_size, examples=2))

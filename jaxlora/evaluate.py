@@ -248,6 +248,7 @@ def _evaluate(arguments: Namespace) -> int:
             raise InputError("--with-base goes with an adapter: the bare base is scored as it is.")
         with progress.stage("reading the data") as stage:
             data = inputs.held_out(config, inputs.encoder(model, config.data.train_on), say, stage)
+        model = inputs.knowing_rows(model, config, data.eval.examples)
         answers = wiring.answers(config, model, data, say)
         with progress.stage("loading the base") as stage:
             base = inputs.base(model, stage)

@@ -155,6 +155,7 @@ def _fine_tune(
     given = programs.given_adapter(config, model)
     with progress.stage("reading the data") as stage:
         data = inputs.data(config, inputs.encoder(model, config.data.train_on), progress.say, stage)
+    model = inputs.knowing_rows(model, config, data.train.examples, data.eval.examples)
     total = inputs.total_steps(config, data.train)
     check_ahead(traced, 0, total)
     wiring.check_names(config, data)

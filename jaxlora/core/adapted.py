@@ -1,9 +1,11 @@
 """Products of one input with several frozen kernels and their adapters, forward and backward.
 
 What the products share is made once: the queries', keys' and values' `x a` are one product, so is the gradient of their
-`a`, and the gradient of x is summed in float32 over all of them before it is narrowed. Kernels stay apart: laid side by
-side for one large product they would have to be copied for every layer and pass, which costs more than it saves
-(docs/lab-notes.md, 2026-11-27).
+`a`, and where products hand out float32 the gradient of x is summed over all of them before it is narrowed.
+
+Kernels stay apart: laid side by side for one large product they would have to be copied for every layer and pass, which
+costs more than it saves on a CPU (docs/lab-notes.md, 2026-11-27). On a GPU a kernel is laid above its b, and the input
+beside `x a`, where that is less to move than a second result of the products' size (docs/speed.md).
 """
 
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxlora.core.kept import kept_residual
-from jaxlora.core.products import contract, transposed
+from jaxlora.core.products import GPUS, contract, result_dtype, transposed
 from jaxlora.core.quantised import Quantised, gathered, plain
 
 
@@ -31,55 +33,75 @@ def adapted(
     x: Float[Array, "B T I"],
     kernels: Sequence[Float[Array, "I _"] | Quantised],
     adapters: Sequence[Low | None],
+    platform: str = "cpu",
 ) -> list[Float[Array, "B T _"]]:
-    """[x W_i (+ (x a_i) b_i)], multiplied in x's dtype and summed in float32.
+    """[x W_i (+ (x a_i) b_i)], multiplied in x's dtype, each product summed in float32.
 
     Args:
         x: the input; `x a` is rounded to its dtype.
         kernels: W_i. A quantised one is frozen, of x's dtype, and dequantised anew for every product.
         adapters: as many; ranks may differ. None for a kernel without one.
+        platform: what the program is compiled for, as `models.attention.Attention` has it.
     Returns:
-        float32. The gradients are those of the formula, of an adapter's matrices in their own dtype.
+        In `core.products.result_dtype`. The gradients are those of the formula, of an adapter's matrices in their own
+        dtype.
     Source: Hu et al. 2021 (LoRA), equation 3.
     """
     pairs = [(kernel, low) for kernel, low in zip(kernels, adapters, strict=True) if low is not None]
-    made = iter(_adapted(x, *zip(*pairs, strict=True)) if pairs else ())
+    result = result_dtype(platform, x.dtype)
+    made = iter(_adapted(x, *zip(*pairs, strict=True), platform) if pairs else ())
     return [
-        contract("BTI,IO->BTO", x, kernel) if low is None else next(made)
+        contract("BTI,IO->BTO", x, kernel, result) if low is None else next(made)
         for kernel, low in zip(kernels, adapters, strict=True)
     ]
 
 
-@jax.custom_vjp
-def _adapted(x, kernels, adapters):
-    return _forward(x, kernels, adapters)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _adapted(x, kernels, adapters, platform):
+    return _forward(x, kernels, adapters, platform)[0]
 
 
-def _forward(x, kernels, adapters):
-    low = _product("BTI,IR->BTR", x, _side_by_side(adapters, x.dtype))
+def _forward(x, kernels, adapters, platform):
+    product = partial(jnp.einsum, preferred_element_type=result_dtype(platform, x.dtype))
+    low = product("BTI,IR->BTR", x, _side_by_side(adapters, x.dtype))
     low = kept_residual(low.astype(x.dtype), "projection")
-    out = [
-        _product("BTI,IO->BTO", x, _plain(kernel, x.dtype))
-        + _product("BTR,RO->BTO", part, adapter.b.astype(x.dtype))
-        for kernel, adapter, part in zip(kernels, adapters, _by_rank(low, adapters), strict=True)
-    ]
+    kernels_there = [_plain(kernel, x.dtype) for kernel in kernels]
+    bs = [adapter.b.astype(x.dtype) for adapter in adapters]
+    if platform in GPUS and sum(b.shape[1] for b in bs) > x.shape[-1]:
+        # x W + low b as one product over the inputs of both: the sums are made where they are written, once.
+        joined, places = jnp.concatenate([x, low], axis=-1), np.cumsum([0, *(b.shape[0] for b in bs)])
+        out = [
+            product("BTI,IO->BTO", joined, _below(kernel, b, int(place), low.shape[-1]))
+            for kernel, b, place in zip(kernels_there, bs, places[:-1], strict=True)
+        ]
+    else:
+        out = [
+            product("BTI,IO->BTO", x, kernel) + product("BTR,RO->BTO", part, b)
+            for kernel, b, part in zip(kernels_there, bs, _by_rank(low, adapters), strict=True)
+        ]
     return out, (x, kernels, adapters, low)
 
 
-def _backward(residuals, cotangents):
+def _backward(platform, residuals, cotangents):
     x, kernels, adapters, low = residuals
+    product = partial(jnp.einsum, preferred_element_type=result_dtype(platform, x.dtype))
     cotangents = [cotangent.astype(x.dtype) for cotangent in cotangents]
     dlow = [
-        _product("BTO,RO->BTR", cotangent, adapter.b.astype(x.dtype)).astype(x.dtype)
+        product("BTO,RO->BTR", cotangent, adapter.b.astype(x.dtype)).astype(x.dtype)
         for cotangent, adapter in zip(cotangents, adapters, strict=True)
     ]
-    dlow = jnp.concatenate(dlow, axis=-1)
-    dx = _product("BTR,IR->BTI", dlow, _side_by_side(adapters, x.dtype))
-    for kernel, cotangent in zip(kernels, cotangents, strict=True):
-        dx = dx + _product("BTO,IO->BTI", cotangent, _plain(kernel, x.dtype))
+    dlow, a = jnp.concatenate(dlow, axis=-1), _side_by_side(adapters, x.dtype)
+    kernels_there = [_plain(kernel, x.dtype) for kernel in kernels]
+    if platform in GPUS and len(kernels) == 1 and x.shape[-1] > cotangents[0].shape[-1]:  # as above
+        joined = jnp.concatenate([*cotangents, dlow], axis=-1)
+        dx = product("BTO,IO->BTI", joined, jnp.concatenate([*kernels_there, a], axis=1))
+    else:
+        dx = product("BTR,IR->BTI", dlow, a)
+        for kernel, cotangent in zip(kernels_there, cotangents, strict=True):
+            dx = dx + product("BTO,IO->BTI", cotangent, kernel)
     da = _by_rank(transposed("BTR,BTI->RI", dlow, x).T, adapters)
     db = [
-        _product("BTR,BTO->RO", part, cotangent)
+        _gradient("BTR,BTO->RO", part, cotangent)
         for part, cotangent in zip(_by_rank(low, adapters), cotangents, strict=True)
     ]
     dadapters = tuple(
@@ -87,7 +109,7 @@ def _backward(residuals, cotangents):
         for a, b, adapter in zip(da, db, adapters, strict=True)
     )
     dkernels = tuple(  # of no use to training, whose program leaves them out
-        None if isinstance(kernel, Quantised) else _product("BTI,BTO->IO", x, cotangent).astype(kernel.dtype)
+        None if isinstance(kernel, Quantised) else _gradient("BTI,BTO->IO", x, cotangent).astype(kernel.dtype)
         for kernel, cotangent in zip(kernels, cotangents, strict=True)
     )
     return dx.astype(x.dtype), dkernels, dadapters
@@ -95,7 +117,13 @@ def _backward(residuals, cotangents):
 
 _adapted.defvjp(_forward, _backward)
 
-_product: Any = partial(jnp.einsum, preferred_element_type=jnp.float32)
+_gradient: Any = partial(jnp.einsum, preferred_element_type=jnp.float32)
+"""Of what is trained: in float32 whatever the products hand out."""
+
+
+def _below(kernel: Array, b: Array, place: int, rows: int) -> Float[Array, "_ O"]:
+    """A kernel, and below it so many rows, zero but for those of b from a place on."""
+    return jnp.concatenate([kernel, jnp.pad(b, ((place, rows - place - b.shape[0]), (0, 0)))])
 
 
 def _plain(kernel: Any, dtype: Any) -> Array:

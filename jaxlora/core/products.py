@@ -7,6 +7,7 @@ its direction, is the same kind: narrow operands, float32 sums.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,14 @@ from jaxtyping import Array, Float
 
 from jaxlora.core.quantised import Quantised, gathered, plain
 
+GPUS = ("gpu", "cuda")
+"""Of the platforms that `models.attention.Attention` knows."""
+
 
 def contract(
-    equation: str, x: Float[Array, "..."], y: Float[Array, "..."] | Quantised
+    equation: str, x: Float[Array, "..."], y: Float[Array, "..."] | Quantised, result: Any = jnp.float32
 ) -> Float[Array, "..."]:
-    """`einsum(equation, x, y)` with operands in x's dtype and a float32 result.
+    """`einsum(equation, x, y)` with operands in x's dtype, float32 sums and, unless asked otherwise, a float32 result.
 
     Args:
         equation: an einsum of two operands, written out ("NI,IO->NO"). Every letter must stand in two of the three
@@ -27,27 +31,42 @@ def contract(
         y: second operand, cast to x's dtype for the product. Its gradient comes back in its own dtype: a float32
             adapter under bfloat16 activations keeps a gradient that was summed and stored in float32. A quantised one
             is frozen, of x's dtype, and dequantised anew for every product, forward and backward.
+        result: dtype that the sums are handed out in: float32 or x's (see `result_dtype`).
     Returns:
-        float32, shaped as the equation says.
+        In that dtype, shaped as the equation says.
     """
-    return _contract_quantised(equation, x, y) if isinstance(y, Quantised) else _contract(equation, x, y)
+    product = _contract_quantised if isinstance(y, Quantised) else _contract
+    return product(equation, x, y, result)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _contract(equation, x, y):
-    return jnp.einsum(equation, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
+def result_dtype(platform: str, dtype: Any) -> Any:
+    """What to ask of a product whose result is going to be rounded to its operands' dtype anyway.
+
+    Sums are float32 everywhere. On a CPU a product is fast only where it may hand them out as they are, and a TPU's
+    compiler rounds them in the product. A GPU's libraries write what they are asked for: float32 results would be
+    written, and read again to be rounded, for as long as the product itself takes.
+
+    Args:
+        platform: as `models.attention.Attention` has it. dtype: of the operands.
+    """
+    return dtype if platform in GPUS else jnp.float32
 
 
-def _forward(equation, x, y):
-    return _contract(equation, x, y), (x, y)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _contract(equation, x, y, result):
+    return jnp.einsum(equation, x, y.astype(x.dtype), preferred_element_type=result)
 
 
-def _backward(equation, operands, cotangent):
+def _forward(equation, x, y, result):
+    return _contract(equation, x, y, result), (x, y)
+
+
+def _backward(equation, result, operands, cotangent):
     x, y = operands
     x_term, y_term, out = _terms(equation)
     cotangent = cotangent.astype(x.dtype)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    dx = product(f"{out},{y_term}->{x_term}", cotangent, y.astype(x.dtype))
+    dx = jnp.einsum(f"{out},{y_term}->{x_term}", cotangent, y.astype(x.dtype), preferred_element_type=result)
     if (
         y.ndim == 2 and x.size > cotangent.size
     ):  # as that of A: its rows are long, and a cotangent's are of the rank
@@ -60,22 +79,20 @@ def _backward(equation, operands, cotangent):
 _contract.defvjp(_forward, _backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _contract_quantised(equation, x, y):
-    return _contract(equation, x, plain(gathered(y)))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _contract_quantised(equation, x, y, result):
+    return _contract(equation, x, plain(gathered(y)), result)
 
 
-def _forward_quantised(equation, x, y):
+def _forward_quantised(equation, x, y, result):
     # What is kept is the quantised kernel, which lives anyway: the array would be the whole base, layer by layer.
-    return _contract_quantised(equation, x, y), y
+    return _contract_quantised(equation, x, y, result), y
 
 
-def _backward_quantised(equation, y, cotangent):
+def _backward_quantised(equation, result, y, cotangent):
     x_term, y_term, out = _terms(equation)
     cotangent = cotangent.astype(y.dtype)
-    dx = jnp.einsum(
-        f"{out},{y_term}->{x_term}", cotangent, plain(gathered(y)), preferred_element_type=jnp.float32
-    )
+    dx = jnp.einsum(f"{out},{y_term}->{x_term}", cotangent, plain(gathered(y)), preferred_element_type=result)
     return dx.astype(y.dtype), None
 
 

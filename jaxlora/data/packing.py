@@ -49,6 +49,17 @@ def pack(lengths: np.ndarray, capacity: int, *, packing: bool = True) -> list[tu
     return sorted(tuple(sorted(row)) for row in rows)
 
 
+def most_in_a_row(lengths: np.ndarray, capacity: int, *, packing: bool = True) -> int:
+    """The most examples that any row of any of them can have: as many as the shortest that fit together.
+
+    Args:
+        lengths, capacity, packing: as for `pack`.
+    """
+    if not packing:
+        return min(len(lengths), 1)
+    return int(np.searchsorted(np.cumsum(np.sort(np.asarray(lengths, np.int64))), capacity, side="right"))
+
+
 def efficiency(lengths: np.ndarray, rows: int, capacity: int) -> float:
     """The share of all positions that hold a token: sum(lengths) / (rows * capacity)."""
     return float(np.sum(lengths)) / (rows * capacity) if rows else 0.0

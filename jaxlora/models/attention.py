@@ -46,12 +46,15 @@ class Attention:
         platform: what programs are compiled for: "cpu", "tpu", "gpu", or "cuda" for a GPU that cuDNN's kernels run on.
         sharding: placement of the queries [B, T, H, h], rows and heads, for kernels; None for one device.
         interpret: run splash attention's definition, on any platform; for tests.
+        stretches: the most examples that a row of a batch has, one more for its padding; None where that is not known,
+            or where nothing can be made of it.
     """
 
     kind: str = "auto"
     platform: str = "cpu"
     sharding: NamedSharding | None = None
     interpret: bool = False
+    stretches: int | None = None
 
     def refusal(self, head_dim: int, dtype: Any) -> str | None:
         """Why this kind cannot be, as half a sentence; None where it can.
@@ -117,7 +120,7 @@ def attention(
         return plain(q, k, v, visible(*queries, *(queries if keys is None else keys), window))
     if kind == "blockwise":
         return blockwise(q, k, v, queries, keys, window).astype(jnp.float32)
-    compute = kernel(kind, window, how.sharding, how.interpret)
+    compute = kernel(kind, window, how.sharding, how.interpret, how.stretches)
     return compute(q, k, v, queries.segments).astype(jnp.float32)
 
 

@@ -21,17 +21,24 @@ from jaxtyping import Array, Float, Int
 
 from jaxlora.core.adapted import Low, adapted
 from jaxlora.core.kept import kept
-from jaxlora.core.products import contract
+from jaxlora.core.products import contract, result_dtype
 from jaxlora.core.quantised import Quantised, plain
 from jaxlora.core.spread import at
 from jaxlora.models.attention import Attention, attention, rotate, rotation
+from jaxlora.models.kernels import CUDNN_FORWARD
 from jaxlora.models.places import Places
 from jaxlora.models.spec import DecoderSpec
 
+
+def _dots(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
+    """Keeps what has a name, and what cuDNN's attention hands out, inside of which no name can be given."""
+    named = jax.checkpoint_policies.save_only_these_names("layer_input", "projection", "attention")
+    return primitive.name == CUDNN_FORWARD or named(primitive, *arguments, **parameters)
+
+
 REMAT_POLICIES = {
     "none": None,  # keep every activation
-    # keep the projections' outputs, and attention's
-    "dots": jax.checkpoint_policies.save_only_these_names("layer_input", "projection", "attention"),
+    "dots": _dots,  # keep the projections' outputs, and attention's
     # keep each layer's input alone
     "full": jax.checkpoint_policies.save_only_these_names("layer_input"),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # the same, in the host's memory
@@ -101,19 +108,22 @@ class Weights(NamedTuple):
 
 
 def project(
-    x: Float[Array, "B T I"], lora_dropout: Dropout | None, *projections: Projection
+    x: Float[Array, "B T I"], lora_dropout: Dropout | None, platform: str, *projections: Projection
 ) -> list[Float[Array, "B T _"]]:
-    """y = (x W (+ (dropout(x) a) b)) (* gain) (+ bias) of each, summed in float32, returned in the base's dtype."""
-    weights = [projection(x.shape[-1]) for projection in projections]
+    """y = (x W (+ (dropout(x) a) b)) (* gain) (+ bias) of each, returned in the base's dtype.
+
+    Products are summed in float32, and with each other in the dtype that the platform's hand out (`result_dtype`).
+    """
+    weights, result = [projection(x.shape[-1]) for projection in projections], result_dtype(platform, x.dtype)
     if lora_dropout is None:
-        products = adapted(x, [each.kernel for each in weights], [each.low for each in weights])
+        products = adapted(x, [each.kernel for each in weights], [each.low for each in weights], platform)
     else:
-        products = [contract("BTI,IO->BTO", x, each.kernel) for each in weights]
+        products = [contract("BTI,IO->BTO", x, each.kernel, result) for each in weights]
     found = []
     for projection, y, (_, low, gain, bias) in zip(projections, products, weights, strict=True):
         if lora_dropout is not None and low is not None:  # then each has an input of its own
-            low_rank = contract("BTI,IR->BTR", projection.dropped(x, lora_dropout), low.a)
-            y = y + contract("BTR,RO->BTO", low_rank.astype(x.dtype), low.b)
+            low_rank = contract("BTI,IR->BTR", projection.dropped(x, lora_dropout), low.a, result)
+            y = y + contract("BTR,RO->BTO", low_rank.astype(x.dtype), low.b, result)
         if gain is not None:
             y = y * gain[None, None, :]
         if bias is not None:
@@ -151,6 +161,7 @@ class SelfAttention(nn.Module):
         projected = project(
             x,
             lora_dropout,
+            self.how.platform,
             heads("q_proj", spec.num_heads),
             heads("k_proj", spec.num_kv_heads),
             heads("v_proj", spec.num_kv_heads),
@@ -162,7 +173,7 @@ class SelfAttention(nn.Module):
             k, v = self._remember("k", k, write_at), self._remember("v", v, write_at)
         y = attention(q, k, v, queries, keys, spec.sliding_window, self.how).astype(dtype)
         output = Projection(spec.hidden_size, False, dtype, name="o_proj")
-        return project(y.reshape(*y.shape[:2], -1), lora_dropout, output)[0]
+        return project(y.reshape(*y.shape[:2], -1), lora_dropout, self.how.platform, output)[0]
 
     def _remember(self, name: str, new: Float[Array, "B T K h"], write_at) -> Float[Array, "B S K h"]:
         """The cached keys or values with new ones from index `write_at` on; the new ones alone are handed out.
@@ -183,6 +194,7 @@ class MLP(nn.Module):
 
     spec: DecoderSpec
     dtype: Any
+    platform: str
 
     @nn.compact
     def __call__(self, x, lora_dropout):
@@ -190,13 +202,13 @@ class MLP(nn.Module):
         gate, up = project(
             x,
             lora_dropout,
+            self.platform,
             Projection(wide, False, dtype, name="gate_proj"),
             Projection(wide, False, dtype, name="up_proj"),
         )
         inner = (jax.nn.silu(gate.astype(jnp.float32)) * up).astype(dtype)
-        return project(
-            inner, lora_dropout, Projection(self.spec.hidden_size, False, dtype, name="down_proj")
-        )[0]
+        down = Projection(self.spec.hidden_size, False, dtype, name="down_proj")
+        return project(inner, lora_dropout, self.platform, down)[0]
 
 
 class Block(nn.Module):
@@ -217,7 +229,7 @@ class Block(nn.Module):
             norm, turned, queries, keys, write_at, lora_dropout
         )
         norm = RMSNorm(self.spec.rms_norm_eps, self.dtype, name="post_attention_layernorm")(x)
-        return x + MLP(self.spec, self.dtype, name="mlp")(norm, lora_dropout), None
+        return x + MLP(self.spec, self.dtype, self.how.platform, name="mlp")(norm, lora_dropout), None
 
 
 class Decoder(nn.Module):

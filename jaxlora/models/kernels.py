@@ -21,6 +21,9 @@ from jaxlora.models.sparse import sparse
 _LANES = 128  # of a TPU's vector registers: rows are cut into blocks of multiples of it
 _LARGEST_BLOCK = 512
 
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
+"""JAX's primitive of cuDNN's forward pass, whose results are all that its backward pass needs beside q, k and v."""
+
 Kernel = Callable[..., Array]
 """(q [B, T, H, h], k and v [B, T, K, h], segments [B, T]) -> [B, T, H, h]."""
 
@@ -99,6 +102,43 @@ def cudnn(
     return out[:, :time]
 
 
+def cudnn_packed(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B T K h"],
+    v: Float[Array, "B T K h"],
+    segments: Int[Array, "B T"],
+    stretches: int,
+) -> Float[Array, "B T H h"]:
+    """Softmax attention by cuDNN's flash attention over each example by itself, on Hopper GPUs and later ones.
+
+    cuDNN is told where examples begin and how long they are: there is no mask, and nothing between examples is
+    computed. It is the form that `jax.nn.dot_product_attention` does not offer; it takes it from the same function.
+
+    Args:
+        segments: example number within the row; 0 for padding.
+        stretches: the most of them that a row has, padding counted: a row with more comes out wrong.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    lengths, starts = _stretches(segments, stretches)
+    out: Any = fused.dot_product_attention(
+        q, k, v, None, None, lengths, lengths, starts, starts,
+        scale=q.shape[-1] ** -0.5, mask_type=fused.MaskType.PADDING_CAUSAL,
+    )  # fmt: skip
+    return out
+
+
+def _stretches(segments: Int[Array, "B T"], most: int) -> tuple[Int[Array, "B S"], Int[Array, "B more"]]:
+    """Lengths [B, S] of a row's stretches of one segment, and where they begin [B, S + 1]; -1 where there is none."""
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    number = jnp.cumsum(begins, axis=1)  # of the stretch that a position is in
+    lengths = jnp.sum(number[:, None, :] == jnp.arange(most)[None, :, None], axis=-1, dtype=jnp.int32)
+    starts = jnp.cumsum(lengths, axis=1) - lengths
+    there = lengths > 0
+    starts = jnp.pad(jnp.where(there, starts, -1), ((0, 0), (0, 1)), constant_values=-1)
+    return jnp.where(there, lengths, -1), starts
+
+
 def sharded(kernel: Kernel, placement: NamedSharding | None) -> Kernel:
     """The kernel on each device's own rows and heads: the compiler cannot cut a kernel by itself.
 
@@ -138,8 +178,12 @@ def _copies(heads: int, kv_heads: int, shares: int) -> int | None:
     return copies if heads % (kv_heads * copies) == 0 else None
 
 
-def kernel(kind: str, window: int | None, placement: NamedSharding | None, interpret: bool) -> Kernel:
+def kernel(
+    kind: str, window: int | None, placement: NamedSharding | None, interpret: bool, stretches: int | None
+) -> Kernel:
     """What computes a kind ("sparse", "splash" or "cudnn") for whole rows, on as many devices as `placement` has."""
+    if kind == "cudnn" and stretches is not None and window is None:
+        return sharded(partial(cudnn_packed, stretches=stretches), placement)
     chosen = {
         "sparse": partial(sparse, window=window),
         "splash": partial(splash, window=window, interpret=interpret),

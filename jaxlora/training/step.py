@@ -13,7 +13,7 @@ from jaxlora.lora import variants
 from jaxlora.models.decoder import Decoder, unembedding
 from jaxlora.parallel.sharding import head_spread
 from jaxlora.training import spikes
-from jaxlora.training.losses import TokenMetrics, cross_entropy, token_metrics
+from jaxlora.training.losses import TokenMetrics, chunk_for, cross_entropy, token_metrics
 from jaxlora.training.optimizer import learning_rate, optimizer
 from jaxlora.training.state import TrainState
 
@@ -88,7 +88,8 @@ def make_train_step(decoder: Decoder, dropout: bool = False) -> Callable[..., tu
             rows["targets"],
             rows["weights"],
             settings.label_smoothing,
-            spread=spread,
+            chunk_for(decoder.attention.platform),
+            spread,
         )
         trained = jnp.maximum(jnp.sum(rows["weights"], axis=-1), 1.0)
         by_row = jnp.sum(losses.nll, axis=-1) / trained
@@ -163,6 +164,7 @@ def make_eval_step(decoder: Decoder) -> Callable[..., TokenMetrics]:
         hidden: Any = decoder.apply(
             {"params": base, "lora": lora}, batch["tokens"], batch["positions"], batch["segments"]
         )
-        return token_metrics(hidden, unembedding(base), batch["targets"], batch["weights"], spread=spread)
+        chunk = chunk_for(decoder.attention.platform)
+        return token_metrics(hidden, unembedding(base), batch["targets"], batch["weights"], chunk, spread)
 
     return evaluate

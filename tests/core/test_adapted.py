@@ -1,9 +1,12 @@
 """Adapted products are the formula, forward and backward, and share what can be shared."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from jaxlora.core.adapted import Low, adapted
 from jaxlora.core.quantised import Quantised, plain, quantise
@@ -11,14 +14,14 @@ from jaxlora.core.quantised import Quantised, plain, quantise
 INPUTS, OUTPUTS, RANKS = 16, (7, 3, 5), (2, 1, 4)
 
 
-def drawn(dtype=jnp.float32):
+def drawn(dtype=jnp.float32, inputs=INPUTS, outputs=OUTPUTS):
     """An input, three kernels of different widths, and adapters of different ranks."""
     keys = iter(jax.random.split(jax.random.key(0), 10))
-    x = jax.random.normal(next(keys), (2, 6, INPUTS), dtype)
-    kernels = [jax.random.normal(next(keys), (INPUTS, wide), dtype) for wide in OUTPUTS]
+    x = jax.random.normal(next(keys), (2, 6, inputs), dtype)
+    kernels = [jax.random.normal(next(keys), (inputs, wide), dtype) for wide in outputs]
     lows = [
-        Low(jax.random.normal(next(keys), (INPUTS, rank)), jax.random.normal(next(keys), (rank, wide)))
-        for wide, rank in zip(OUTPUTS, RANKS, strict=True)
+        Low(jax.random.normal(next(keys), (inputs, rank)), jax.random.normal(next(keys), (rank, wide)))
+        for wide, rank in zip(outputs, RANKS, strict=False)
     ]
     return x, kernels, lows
 
@@ -93,3 +96,63 @@ def test_what_the_products_share_is_one_product():
 
     assert products(formula) == 3 * 8
     assert products(adapted) == 3 * 8 - 3 * 2
+
+
+@pytest.mark.parametrize("outputs", [OUTPUTS, (24, 3, 5), (40,), (4,)], ids=str)
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_a_gpus_products_are_the_formulas(outputs, kind):
+    """Whether or not they are laid beside each other, which goes by what is wider: what comes in or what goes out."""
+    x, kernels, lows = drawn(outputs=outputs)
+    frozen: list = kernels
+    if kind != "none":
+        frozen = [quantise(np.asarray(kernel), kind) for kernel in kernels]
+        kernels = [jnp.asarray(plain(kernel)) for kernel in frozen]
+    on_gpu = partial(adapted, platform="gpu")
+    for mine, theirs in zip(on_gpu(x, frozen, lows), formula(x, kernels, lows), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+
+    def loss(compute, kernels):
+        return lambda x, lows: sum(jnp.sum(jnp.sin(y)) for y in compute(x, kernels, lows))
+
+    ours = jax.grad(loss(on_gpu, frozen), argnums=(0, 1))(x, lows)
+    expected = jax.grad(loss(formula, kernels), argnums=(0, 1))(x, lows)
+    for mine, theirs in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def results(compute, x, kernels, lows):
+    """The sizes of the products that a traced gradient makes, and the dtypes that they are handed out in."""
+    traced = jax.make_jaxpr(partial(gradients, compute))(x, kernels, lows).jaxpr
+    return [(out.aval.size, str(out.aval.dtype)) for out in products_in(traced)]
+
+
+def products_in(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.outvars[0]
+        for inner in jaxprs_in_params(equation.params):
+            yield from products_in(getattr(inner, "jaxpr", inner))
+
+
+def test_a_gpu_writes_no_wide_result_in_float32_and_none_for_an_adapter_alone():
+    wide = (1024,)
+    given = drawn(jnp.bfloat16, 16, wide)
+    size = 2 * 6 * wide[0]
+    on_cpu, on_gpu = (results(partial(adapted, platform=p), *given) for p in ("cpu", "gpu"))
+    assert sorted(made for made in on_cpu if made[0] == size) == [(size, "float32")] * 2
+    assert [made for made in on_gpu if made[0] == size] == [(size, "bfloat16")]
+    # What is trained has its gradient in float32 everywhere.
+    for made in (on_cpu, on_gpu):
+        assert {(16 * RANKS[0], "float32"), (RANKS[0] * wide[0], "float32")} <= set(made)
+
+
+def test_a_gpu_is_hardly_less_exact():
+    x, kernels, lows = drawn(jnp.bfloat16, 64, (256, 64, 64))
+    wide = [x.astype(jnp.float32), [kernel.astype(jnp.float32) for kernel in kernels], lows]
+    exact = jax.tree.leaves(gradients(formula, *wide)[::2])
+
+    def error(platform):
+        found = jax.tree.leaves(gradients(partial(adapted, platform=platform), x, kernels, lows)[::2])
+        return np.mean([np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(found, exact, strict=True)])
+
+    assert error("gpu") < 1.5 * error("cpu")

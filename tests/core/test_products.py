@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlora.core.products import contract
+from jaxlora.core.products import contract, result_dtype
 
 CASES = {
     "NI,IO->NO": ((5, 7), (7, 3)),
@@ -63,3 +63,19 @@ def test_every_product_of_the_backward_pass_has_narrow_operands():
     for product in products:
         assert {v.aval.dtype.name for v in product.invars} == {"bfloat16"}
         assert product.outvars[0].aval.dtype == jnp.float32
+
+
+def test_a_result_is_narrow_where_a_platform_wants_it_so():
+    assert [result_dtype(platform, jnp.bfloat16) for platform in ("cpu", "tpu")] == [jnp.float32] * 2
+    assert [result_dtype(platform, jnp.bfloat16) for platform in ("gpu", "cuda")] == [jnp.bfloat16] * 2
+    x, y = (jax.random.normal(jax.random.key(i), (8, 8), jnp.bfloat16) for i in (0, 1))
+    narrow = contract("NI,IO->NO", x, y, jnp.bfloat16)
+    np.testing.assert_array_equal(narrow, contract("NI,IO->NO", x, y).astype(jnp.bfloat16))
+
+    def loss(result):
+        return lambda x, y: jnp.sum(contract("NI,IO->NO", x, y, result).astype(jnp.float32) ** 2)
+
+    ours, expected = (jax.grad(loss(dtype), argnums=(0, 1))(x, y) for dtype in (jnp.bfloat16, jnp.float32))
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert jnp.linalg.norm(mine - theirs) < 0.02 * jnp.linalg.norm(theirs)

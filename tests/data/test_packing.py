@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxlora.data.packing import efficiency, pack
+from jaxlora.data.packing import efficiency, most_in_a_row, pack
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=60)
 
@@ -53,6 +53,15 @@ def test_rows_depend_on_the_lengths_alone(lengths, random):
     filled = [sorted(sorted(ls[e] for e in row) for row in rs) for ls, rs in
               [(lengths, rows), ([lengths[e] for e in order], moved)]]  # fmt: skip
     assert filled[0] == filled[1]
+
+
+@given(LENGTHS, st.booleans(), st.data())
+def test_no_row_of_any_of_them_has_more_than_the_most(lengths, packing, data):
+    some = [length for length in lengths if data.draw(st.booleans())]
+    most = most_in_a_row(np.array(lengths, np.int64), 50, packing=packing)
+    assert max(map(len, pack(np.array(some, np.int64), 50, packing=packing)), default=0) <= most
+    if packing and lengths:  # and they do fit: no smaller number would hold for all
+        assert sum(sorted(lengths)[:most]) <= 50
 
 
 def test_without_packing_every_example_has_its_own_row():

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.extend.core import jaxprs_in_params
 from jax.interpreters import partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
@@ -17,6 +18,7 @@ from jaxlora.models import sparse as sparse_module
 from jaxlora.models.attention import KERNEL_FROM, LONG, MASK_UP_TO, SPARSE_FROM, Attention, attention
 from jaxlora.models.blockwise import blockwise
 from jaxlora.models.decoder import REMAT_POLICIES, Decoder
+from jaxlora.models.kernels import _stretches
 from jaxlora.models.places import Places
 from jaxlora.models.sparse import sparse
 from jaxlora.models.spec import DecoderSpec
@@ -310,6 +312,70 @@ def test_memory_of_blocks_is_linear_in_the_length_of_a_row(kind):
     plain = compiled("plain", 4096)
     assert square.search(plain.as_text())
     assert plain.memory_analysis().temp_size_in_bytes > 5 * memory[2]
+
+
+@pytest.mark.parametrize("lengths", [(5,), (3, 4), (2, 1, 4), (1, 1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("more", [0, 3])
+def test_stretches_are_the_examples_and_the_padding_behind_them(lengths, more):
+    time = 12
+    places = packed(2, time, *lengths)
+    counts, starts = _stretches(places.segments, len(lengths) + 1 + more)
+    for row in range(2):
+        each = [lengths[0] + row, *lengths[1:]]
+        each.append(time - sum(each))
+        ends = np.cumsum(each)
+        nothing = [-1] * more
+        assert counts[row].tolist() == each + nothing
+        assert starts[row].tolist() == [0, *ends[:-1].tolist(), *nothing, -1]
+
+
+def test_stretches_of_a_row_that_is_full_and_of_one_that_is_empty():
+    counts, starts = _stretches(jnp.asarray([[1] * 6, [0] * 6]), 2)
+    assert counts.tolist() == [[6, -1]] * 2
+    assert starts.tolist() == [[0, -1, -1]] * 2
+
+
+@pytest.fixture
+def a_hopper(monkeypatch):
+    """JAX lowers for a GPU that is not there, as for one of compute capability 9 with cuDNN."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda least: True)
+
+
+def lowered_for_cuda(how, window=None, remat=None):
+    """The text of a layer's gradient, lowered for a GPU."""
+    q, k, v, cotangent = drawn(2, 512, (4, 2), 64, jnp.bfloat16)
+    places = packed(2, 512, 200, 100)
+
+    def layer(q, k, v):
+        out = attention(q, k, v, places, None, window, how)
+        return jnp.sum((out * cotangent) ** 2)
+
+    if remat:
+        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    traced = jax.jit(jax.value_and_grad(layer, argnums=(0, 1, 2))).trace(q, k, v)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("stretches", "window", "call"),
+    [(None, None, "fmhaScaleBiasSoftmax"), (3, None, "fmhaSoftmax"), (3, 100, "fmhaScaleBiasSoftmax")],
+)
+def test_cudnn_is_given_examples_where_it_can_and_else_a_mask(a_hopper, stretches, window, call):
+    text = lowered_for_cuda(Attention("cudnn", "cuda", stretches=stretches), window)
+    assert re.findall(r"@__cudnn\$(\w+)\(", text) == [call, f"{call}Backward"]
+    assert ("PADDING_CAUSAL" in text) == (call == "fmhaSoftmax")
+    assert ("tensor<2x1x512x512xbf16>" in text) == (call != "fmhaSoftmax"), "the mask"
+
+
+@pytest.mark.parametrize("stretches", [None, 3])
+def test_dots_keeps_what_cudnn_hands_out(a_hopper, stretches):
+    how = Attention("cudnn", "cuda", stretches=stretches)
+
+    def forward(remat):
+        return len(re.findall(r"@__cudnn\$fmha(?!\w*Backward)", lowered_for_cuda(how, remat=remat)))
+
+    assert (forward("full"), forward("dots")) == (2, 1)
 
 
 def exponentials(jaxpr: Any) -> Iterator[Any]:

@@ -10,10 +10,19 @@ import pytest
 from jaxlora.config.build import inputs, memory, programs
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import InputError
+from jaxlora.models.attention import Attention
+from jaxlora.models.decoder import Decoder
+from jaxlora.models.spec import DecoderSpec
 from jaxlora.parallel.capacity import Capacity
 from jaxlora.parallel.mesh import make_mesh
 from jaxlora.runs.progress import Progress
 from tests.train.test_memory import Lowered
+
+SHAPE = {
+    "model_type": "qwen2", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+    "max_position_embeddings": 4096, "tie_word_embeddings": True,
+}  # fmt: skip
 
 TAKES = {"none": 4_000, "dots": 3_000, "full": 2_000, "offload": 1_000}
 """Bytes of eight rows of training; half as many rows take half."""
@@ -55,6 +64,7 @@ def fit(monkeypatch):
         for name, patch in patches.items():
             monkeypatch.setattr(programs, name, patch)
         monkeypatch.setattr(memory, "offloads", lambda mesh: platform != "cpu")
+        monkeypatch.setattr(memory, "on_gpus", lambda mesh: platform == "gpu")
         monkeypatch.setattr(memory, "capacity", lambda *_: Capacity(size, "said"))
         with Progress() as progress:
             return memory.fit(config, model, nothing, None, progress), tried  # pyright: ignore
@@ -63,6 +73,7 @@ def fit(monkeypatch):
 
 
 ORDERS = {
+    ("gpu", "bfloat16"): ["dots", "full", "offload"],
     ("tpu", "bfloat16"): ["none", "dots", "full", "offload"],
     ("cpu", "bfloat16"): ["dots", "full"],
     ("cpu", "float32"): ["none", "dots", "full"],
@@ -139,3 +150,40 @@ def test_cudnn_is_for_gpus_that_have_its_kernels(platform, capability, told):
     if capability:
         device.compute_capability = capability
     assert inputs.attention_platform(device) == told
+
+
+def test_attention_is_told_of_examples_where_the_device_can_take_them(monkeypatch):
+    """Rows of 512: the shortest examples of training and evaluation together say how many one can hold."""
+    mesh = make_mesh((1, 1, 1), jax.devices()[:1])
+    spec = DecoderSpec.from_hf(SHAPE)
+    model = inputs.Model(None, spec, Decoder(spec, attention=Attention("auto", "cuda")), mesh)  # pyright: ignore
+
+    def known(packing: bool, *lengths: list[int]) -> int | None:
+        config = Config.from_dict({"model": {"path": "x"}, "data": {"train": "x", "packing": packing}})
+        examples: Any = [types.SimpleNamespace(lengths=np.array(each)) for each in lengths]
+        return inputs.knowing_rows(model, config, *examples).decoder.attention.stretches
+
+    assert known(True, [500, 100], [100]) is None  # a CPU
+    monkeypatch.setattr(inputs, "by_example", lambda device: True)
+    length = Config.from_dict({"model": {"path": "x"}, "data": {"train": "x"}}).data.max_length
+    assert known(True, [length - 150, 100], [100]) == 1 + 2
+    assert known(True, [length], [length // 3]) == 1 + 1
+    assert known(False, [1] * 100, [1]) == 1 + 1
+    assert known(True, [1] * length, []) is None  # too many to tell of each
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "told"),
+    [
+        ("gpu", "9.0", True),
+        ("gpu", "12.0", True),
+        ("gpu", "8.9", False),
+        ("gpu", "gfx942", False),
+        ("cpu", None, False),
+    ],
+)
+def test_examples_one_by_one_are_for_hopper_and_later(platform, capability, told):
+    device = types.SimpleNamespace(platform=platform)
+    if capability:
+        device.compute_capability = capability
+    assert inputs.by_example(device) == told

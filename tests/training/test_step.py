@@ -12,6 +12,7 @@ import pytest
 from jaxlora.core.compilation import compiler_options
 from jaxlora.lora import tree as lora
 from jaxlora.lora.spec import TARGETS
+from jaxlora.models.attention import Attention
 from jaxlora.models.decoder import Decoder
 from jaxlora.models.spec import DecoderSpec
 from jaxlora.training.optimizer import OptimizerSettings
@@ -210,3 +211,14 @@ def test_evaluation_needs_no_more_memory_than_training():
     train, _ = compile_full_size(8, 1024)
     evaluate, _ = compile_full_size(8, 1024, train=False)
     assert evaluate.memory_analysis().temp_size_in_bytes <= train.memory_analysis().temp_size_in_bytes
+
+
+def test_the_step_of_a_gpu_is_the_step(make_tiny, compiled):
+    """In float32 it differs from a CPU's in the order of sums alone: products side by side, a larger chunk."""
+    tiny = make_tiny()
+    decoder = tiny.decoder.clone(attention=Attention("plain", "gpu"))
+    batch = tiny.batch(0, 8, 16, 2)
+    ours, sums = after_two_steps(jax.jit(make_train_step(decoder)), tiny, batch)
+    expected, reference = after_two_steps(compiled(), tiny, batch)
+    close(ours.adapter, expected.adapter)
+    close(recut(sums, sums), recut(reference, sums))

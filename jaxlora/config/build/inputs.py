@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlora.config.schema import Config, ModelConfig
@@ -15,6 +16,7 @@ from jaxlora.core.quantised import BLOCK, SMALLEST_BLOCK, Quantised, block_of
 from jaxlora.core.tree import Path, map_leaves, unflatten
 from jaxlora.data.batches import Batches, EvalBatches, Examples, prepare
 from jaxlora.data.chat import ChatEncoder, load_tokenizer
+from jaxlora.data.packing import most_in_a_row
 from jaxlora.data.sources import Source, load_conversations, split_off_eval
 from jaxlora.models.attention import Attention
 from jaxlora.models.decoder import Decoder
@@ -169,6 +171,10 @@ def offloads(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform != "cpu"
 
 
+def on_gpus(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "gpu"
+
+
 def attention(chosen: ModelConfig, spec: DecoderSpec, mesh: Mesh) -> Attention:
     """How a base attends on these devices.
 
@@ -187,6 +193,29 @@ def attention(chosen: ModelConfig, spec: DecoderSpec, mesh: Mesh) -> Attention:
             "Set --config.model.attention=auto, which takes what the devices have."
         )
     return found
+
+
+MOST_STRETCHES = 64
+"""Of a row, up to which cuDNN is told of each: it makes the statistics of B T tokens for every one of them."""
+
+
+def knowing_rows(model: Model, config: Config, *examples: Examples) -> Model:
+    """The model with what its attention can make of the rows that these examples, or any of them, are laid out in.
+
+    It is the same function; on a Hopper GPU or a later one attention between examples is not computed.
+    """
+    how = model.decoder.attention
+    if not by_example(model.mesh.devices.flat[0]):
+        return model
+    lengths = np.concatenate([each.lengths for each in examples])
+    most = 1 + most_in_a_row(lengths, config.data.max_length, packing=config.data.packing)
+    how = dataclasses.replace(how, stretches=most if most <= MOST_STRETCHES else None)
+    return dataclasses.replace(model, decoder=model.decoder.clone(attention=how))
+
+
+def by_example(device: Any) -> bool:
+    """Whether cuDNN's attention there takes a row's examples one by one: compute capability 9 and up."""
+    return attention_platform(device) == "cuda" and float(device.compute_capability) >= 9
 
 
 def attention_platform(device: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from jax.sharding import Mesh
 
-from jaxlora.config.build.inputs import HeldOut, Model, offloads
+from jaxlora.config.build.inputs import HeldOut, Model, offloads, on_gpus
 from jaxlora.config.build.programs import Programs
 from jaxlora.config.build.works import (
     Answerer,
@@ -130,10 +130,13 @@ def policies(config: Config, mesh: Mesh) -> tuple[str, ...]:
     """The values of model.remat to try, the fastest first."""
     if config.model.remat != "auto":
         return (config.model.remat,)
-    if offloads(mesh):
-        return ("none", "dots", "full", "offload")
-    # On a CPU the many arrays that "none" keeps in bfloat16 cost more than to compute them again (`core.kept`).
-    return ("dots", "full") if config.model.dtype == "bfloat16" else ("none", "dots", "full")
+    # The many arrays that "none" keeps cost more than to compute them again: on a CPU in bfloat16 (`core.kept`), and
+    # on a GPU, where each has to be written into those of all layers (docs/speed.md).
+    if not offloads(mesh):
+        return ("dots", "full") if config.model.dtype == "bfloat16" else ("none", "dots", "full")
+    if on_gpus(mesh):
+        return ("dots", "full", "offload")
+    return ("none", "dots", "full", "offload")
 
 
 class FittedEvaluation(NamedTuple):
