@@ -9,7 +9,9 @@ compared; the median of ten steps is reported.
 
 import argparse
 import json
+import shlex
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,8 @@ from jaxlora.config.build.inputs import attention_platform
 from jaxlora.models.attention import Attention
 
 SPEC = spec("0.5B")
-SHAPES = ((8, 1024), (2, 4096))
-KINDS = (("plain", "full"), ("blockwise", "full"), ("splash", "full"), ("cudnn", "full"), ("cudnn", "dots"))
+SHAPES = ("8x1024", "2x4096")
+KINDS = ("plain:full", "blockwise:full", "splash:full", "cudnn:full", "cudnn:dots")
 STEPS = 10
 
 
@@ -55,18 +57,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, metavar="F.json", help="where the figures go too")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, choices=SHAPES, help="rows and their length")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="attention and remat policy")
     arguments = parser.parse_args()
     device, base, found = jax.devices()[0], random_base(SPEC), {}
     print(f"{device.device_kind}, jax {jax.__version__}", flush=True)
-    for rows, length in SHAPES:
-        for attention, remat in KINDS:
+    for shape in arguments.shapes:
+        rows, length = map(int, shape.split("x"))
+        for attention, remat in (kind.split(":") for kind in arguments.kinds):
             if Attention(attention, attention_platform(device)).refusal(SPEC.head_dim, jnp.bfloat16):
                 continue
             name = f"{rows} x {length}, {attention}, {remat}"
             found[name] = measure(base, rows, length, attention, remat)
             print(name, json.dumps(found[name]), flush=True)
     if arguments.out:
-        told = facts("python -m benchmarks.step", device.device_kind, "jax", "jaxlib", "flax")
+        command = shlex.join(["python", "-m", "benchmarks.step", *sys.argv[1:]])
+        told = facts(command, device.device_kind, "jax", "jaxlib", "flax")
         write(arguments.out, told | {"results": found})
 
 
