@@ -32,7 +32,8 @@ SPARSE_FROM = 256
 """Tokens in a row from which on a CPU computes what the row's examples need alone."""
 
 MASK_UP_TO = 8192
-"""The longest row for which cuDNN's mask, 2 T^2 bytes a row, is worth its memory."""
+"""The longest row for which cuDNN's mask, 2 T^2 bytes a row, is worth its memory. Where `stretches` are known there is
+none."""
 
 _SERVED_BY = {"splash": ("tpu", "a TPU"), "cudnn": ("cuda", "an NVIDIA GPU (Ampere or later)")}
 
@@ -85,7 +86,7 @@ class Attention:
             return self.kind
         if self.platform == "cpu":
             return "sparse" if time >= SPARSE_FROM else "plain"
-        for kind, longest in (("splash", None), ("cudnn", MASK_UP_TO)):
+        for kind, longest in (("splash", None), ("cudnn", MASK_UP_TO if self.stretches is None else None)):
             there = Attention(kind, self.platform).refusal(head_dim, dtype) is None
             if there and KERNEL_FROM <= time <= (longest or time):
                 return kind

@@ -5,6 +5,8 @@ positions restart at each, so causal by index within a segment is causal by posi
 is a segment as any other to them: it sees padding, nobody else sees it, and what comes out for it carries no loss.
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -112,7 +114,8 @@ def cudnn_packed(
     """Softmax attention by cuDNN's flash attention over each example by itself, on Hopper GPUs and later ones.
 
     cuDNN is told where examples begin and how long they are: there is no mask, and nothing between examples is
-    computed. It is the form that `jax.nn.dot_product_attention` does not offer; it takes it from the same function.
+    computed. `jax.nn.dot_product_attention` has no arguments for it; what it calls has, in a module that is JAX's own:
+    where a version of JAX has moved it, `packed_is_there` says so, and a mask does it.
 
     Args:
         segments: example number within the row; 0 for padding.
@@ -126,6 +129,19 @@ def cudnn_packed(
         scale=q.shape[-1] ** -0.5, mask_type=fused.MaskType.PADDING_CAUSAL,
     )  # fmt: skip
     return out
+
+
+@functools.cache
+def packed_is_there() -> bool:
+    """Whether this version of JAX has what `cudnn_packed` calls."""
+    try:
+        from jax._src.cudnn import fused_attention_stablehlo as fused
+
+        return {"q_offsets", "kv_offsets", "mask_type"} <= inspect.signature(
+            fused.dot_product_attention
+        ).parameters.keys()
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return False
 
 
 def _stretches(segments: Int[Array, "B T"], most: int) -> tuple[Int[Array, "B S"], Int[Array, "B more"]]:
@@ -182,7 +198,7 @@ def kernel(
     kind: str, window: int | None, placement: NamedSharding | None, interpret: bool, stretches: int | None
 ) -> Kernel:
     """What computes a kind ("sparse", "splash" or "cudnn") for whole rows, on as many devices as `placement` has."""
-    if kind == "cudnn" and stretches is not None and window is None:
+    if kind == "cudnn" and stretches is not None and window is None and packed_is_there():
         return sharded(partial(cudnn_packed, stretches=stretches), placement)
     chosen = {
         "sparse": partial(sparse, window=window),

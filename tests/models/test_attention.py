@@ -18,7 +18,7 @@ from jaxlora.models import sparse as sparse_module
 from jaxlora.models.attention import KERNEL_FROM, LONG, MASK_UP_TO, SPARSE_FROM, Attention, attention
 from jaxlora.models.blockwise import blockwise
 from jaxlora.models.decoder import REMAT_POLICIES, Decoder
-from jaxlora.models.kernels import _stretches
+from jaxlora.models.kernels import _stretches, packed_is_there
 from jaxlora.models.places import Places
 from jaxlora.models.sparse import sparse
 from jaxlora.models.spec import DecoderSpec
@@ -266,6 +266,7 @@ def test_a_packed_row_equals_its_examples_alone(how):
         (Attention(platform="tpu"), KERNEL_FROM - 1, KERNEL_FROM - 1, True, "plain"),
         (Attention(platform="tpu"), KERNEL_FROM, KERNEL_FROM, True, "splash"),
         (Attention(platform="cuda"), MASK_UP_TO, MASK_UP_TO, True, "cudnn"),
+        (Attention(platform="cuda", stretches=4), MASK_UP_TO + 1, MASK_UP_TO + 1, True, "cudnn"),
         (Attention(platform="cuda"), MASK_UP_TO + 1, MASK_UP_TO + 1, True, "blockwise"),
         (Attention(platform="tpu"), 1, 32_768, False, "plain"),
         (Attention(platform="tpu"), 256, 32_768, False, "blockwise"),
@@ -366,6 +367,15 @@ def test_cudnn_is_given_examples_where_it_can_and_else_a_mask(a_hopper, stretche
     assert re.findall(r"@__cudnn\$(\w+)\(", text) == [call, f"{call}Backward"]
     assert ("PADDING_CAUSAL" in text) == (call == "fmhaSoftmax")
     assert ("tensor<2x1x512x512xbf16>" in text) == (call != "fmhaSoftmax"), "the mask"
+
+
+def test_a_jax_that_has_moved_packed_rows_is_noticed(monkeypatch):
+    monkeypatch.delattr(fused_attention_stablehlo, "dot_product_attention")
+    packed_is_there.cache_clear()
+    assert not packed_is_there()
+    monkeypatch.undo()
+    packed_is_there.cache_clear()
+    assert packed_is_there()
 
 
 @pytest.mark.parametrize("stretches", [None, 3])

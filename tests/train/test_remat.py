@@ -1,5 +1,6 @@
 """model.remat = auto is the fastest policy that fits; offload is refused where there is nothing to offload to."""
 
+import dataclasses
 import types
 from typing import Any
 
@@ -158,7 +159,7 @@ def test_attention_is_told_of_examples_where_the_device_can_take_them(monkeypatc
     spec = DecoderSpec.from_hf(SHAPE)
     model = inputs.Model(None, spec, Decoder(spec, attention=Attention("auto", "cuda")), mesh)  # pyright: ignore
 
-    def known(packing: bool, *lengths: list[int]) -> int | None:
+    def known(packing: bool, *lengths: list[int]) -> int | None:  # of the model as it is then
         config = Config.from_dict({"model": {"path": "x"}, "data": {"train": "x", "packing": packing}})
         examples: Any = [types.SimpleNamespace(lengths=np.array(each)) for each in lengths]
         return inputs.knowing_rows(model, config, *examples).decoder.attention.stretches
@@ -170,6 +171,14 @@ def test_attention_is_told_of_examples_where_the_device_can_take_them(monkeypatc
     assert known(True, [length], [length // 3]) == 1 + 1
     assert known(False, [1] * 100, [1]) == 1 + 1
     assert known(True, [1] * length, []) is None  # too many to tell of each
+    monkeypatch.setattr(inputs, "packed_is_there", lambda: False)
+    assert known(True, [length], [length]) is None  # another JAX
+    monkeypatch.undo()
+    monkeypatch.setattr(inputs, "by_example", lambda device: True)
+    assert known(True, [length], [length]) == 2
+    windowed = dataclasses.replace(spec, sliding_window=100)
+    model = inputs.Model(None, windowed, Decoder(windowed), mesh)  # pyright: ignore
+    assert known(True, [length], [length]) is None
 
 
 @pytest.mark.parametrize(

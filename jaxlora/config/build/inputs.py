@@ -20,6 +20,7 @@ from jaxlora.data.packing import most_in_a_row
 from jaxlora.data.sources import Source, load_conversations, split_off_eval
 from jaxlora.models.attention import Attention
 from jaxlora.models.decoder import Decoder
+from jaxlora.models.kernels import packed_is_there
 from jaxlora.models.spec import DecoderSpec
 from jaxlora.models.weights import (
     AXES,
@@ -195,17 +196,19 @@ def attention(chosen: ModelConfig, spec: DecoderSpec, mesh: Mesh) -> Attention:
     return found
 
 
-MOST_STRETCHES = 64
+MOST_STRETCHES = 32
 """Of a row, up to which cuDNN is told of each: it makes the statistics of B T tokens for every one of them."""
 
 
 def knowing_rows(model: Model, config: Config, *examples: Examples) -> Model:
     """The model with what its attention can make of the rows that these examples, or any of them, are laid out in.
 
-    It is the same function; on a Hopper GPU or a later one attention between examples is not computed.
+    It is the same function; on a Hopper GPU or a later one attention between examples is not computed. A sliding window
+    needs cuDNN's mask.
     """
     how = model.decoder.attention
-    if not by_example(model.mesh.devices.flat[0]):
+    device, window = model.mesh.devices.flat[0], model.spec.sliding_window
+    if window is not None or not by_example(device) or not packed_is_there():
         return model
     lengths = np.concatenate([each.lengths for each in examples])
     most = 1 + most_in_a_row(lengths, config.data.max_length, packing=config.data.packing)
