@@ -67,7 +67,7 @@ def _forward(x, kernels, adapters, platform):
     low = kept_residual(low.astype(x.dtype), "projection")
     kernels_there = [_plain(kernel, x.dtype) for kernel in kernels]
     bs = [adapter.b.astype(x.dtype) for adapter in adapters]
-    if platform in GPUS and sum(b.shape[1] for b in bs) > x.shape[-1]:
+    if _joined(platform, x, sum(b.shape[1] for b in bs)):
         # x W + low b as one product over the inputs of both: the sums are made where they are written, once.
         joined, places = jnp.concatenate([x, low], axis=-1), np.cumsum([0, *(b.shape[0] for b in bs)])
         out = [
@@ -92,7 +92,7 @@ def _backward(platform, residuals, cotangents):
     ]
     dlow, a = jnp.concatenate(dlow, axis=-1), _side_by_side(adapters, x.dtype)
     kernels_there = [_plain(kernel, x.dtype) for kernel in kernels]
-    if platform in GPUS and len(kernels) == 1 and x.shape[-1] > cotangents[0].shape[-1]:  # as above
+    if len(kernels) == 1 and _joined(platform, cotangents[0], x.shape[-1]):  # as above
         joined = jnp.concatenate([*cotangents, dlow], axis=-1)
         dx = product("BTO,IO->BTI", joined, jnp.concatenate([*kernels_there, a], axis=1))
     else:
@@ -119,6 +119,16 @@ _adapted.defvjp(_forward, _backward)
 
 _gradient: Any = partial(jnp.einsum, preferred_element_type=jnp.float32)
 """Of what is trained: in float32 whatever the products hand out."""
+
+
+def _joined(platform: str, x: Float[Array, "B T I"], outputs: int) -> bool:
+    """Whether to lay an adapter beside its kernels, which copies them and x, instead of adding its product to theirs.
+
+    Both are counted in numbers that are written, and read again. A GPU has nothing else to save here: few tokens, as
+    those that are generated, never pay for a copy of a kernel.
+    """
+    tokens, inputs = x.size // x.shape[-1], x.shape[-1]
+    return platform in GPUS and inputs * (outputs + tokens) < tokens * outputs
 
 
 def _below(kernel: Array, b: Array, place: int, rows: int) -> Float[Array, "_ O"]:

@@ -14,10 +14,10 @@ from jaxlora.core.quantised import Quantised, plain, quantise
 INPUTS, OUTPUTS, RANKS = 16, (7, 3, 5), (2, 1, 4)
 
 
-def drawn(dtype=jnp.float32, inputs=INPUTS, outputs=OUTPUTS):
+def drawn(dtype=jnp.float32, inputs=INPUTS, outputs=OUTPUTS, length=6):
     """An input, three kernels of different widths, and adapters of different ranks."""
     keys = iter(jax.random.split(jax.random.key(0), 10))
-    x = jax.random.normal(next(keys), (2, 6, inputs), dtype)
+    x = jax.random.normal(next(keys), (2, length, inputs), dtype)
     kernels = [jax.random.normal(next(keys), (inputs, wide), dtype) for wide in outputs]
     lows = [
         Low(jax.random.normal(next(keys), (inputs, rank)), jax.random.normal(next(keys), (rank, wide)))
@@ -100,9 +100,10 @@ def test_what_the_products_share_is_one_product():
 
 @pytest.mark.parametrize("outputs", [OUTPUTS, (24, 3, 5), (40,), (4,)], ids=str)
 @pytest.mark.parametrize("kind", ["none", "nf4"])
-def test_a_gpus_products_are_the_formulas(outputs, kind):
-    """Whether or not they are laid beside each other, which goes by what is wider: what comes in or what goes out."""
-    x, kernels, lows = drawn(outputs=outputs)
+@pytest.mark.parametrize("length", [1, 64])
+def test_a_gpus_products_are_the_formulas(outputs, kind, length):
+    """Whether or not they are laid beside each other, by the tokens and by what is wider, input or output."""
+    x, kernels, lows = drawn(outputs=outputs, length=length)
     frozen: list = kernels
     if kind != "none":
         frozen = [quantise(np.asarray(kernel), kind) for kernel in kernels]
@@ -136,8 +137,8 @@ def products_in(jaxpr):
 
 def test_a_gpu_writes_no_wide_result_in_float32_and_none_for_an_adapter_alone():
     wide = (1024,)
-    given = drawn(jnp.bfloat16, 16, wide)
-    size = 2 * 6 * wide[0]
+    given = drawn(jnp.bfloat16, 16, wide, length=64)
+    size = 2 * 64 * wide[0]
     on_cpu, on_gpu = (results(partial(adapted, platform=p), *given) for p in ("cpu", "gpu"))
     assert sorted(made for made in on_cpu if made[0] == size) == [(size, "float32")] * 2
     assert [made for made in on_gpu if made[0] == size] == [(size, "bfloat16")]
@@ -146,8 +147,15 @@ def test_a_gpu_writes_no_wide_result_in_float32_and_none_for_an_adapter_alone():
         assert {(16 * RANKS[0], "float32"), (RANKS[0] * wide[0], "float32")} <= set(made)
 
 
+def test_a_kernel_is_not_copied_for_a_token_that_is_generated():
+    given = drawn(jnp.bfloat16, 16, (1024,), length=1)
+    assert "18x1024" not in jax.jit(partial(adapted, platform="gpu")).lower(*given).as_text()
+    longer = drawn(jnp.bfloat16, 16, (1024,), length=64)
+    assert "18x1024" in jax.jit(partial(adapted, platform="gpu")).lower(*longer).as_text()
+
+
 def test_a_gpu_is_hardly_less_exact():
-    x, kernels, lows = drawn(jnp.bfloat16, 64, (256, 64, 64))
+    x, kernels, lows = drawn(jnp.bfloat16, 64, (256, 64, 64), length=256)
     wide = [x.astype(jnp.float32), [kernel.astype(jnp.float32) for kernel in kernels], lows]
     exact = jax.tree.leaves(gradients(formula, *wide)[::2])
 

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlora.config.build.inputs import Model, check_blocks
+from jaxlora.config.build.inputs import Model, attention_platform, check_blocks
 from jaxlora.core.compilation import compiler_options
 from jaxlora.core.quantised import block_of
 from jaxlora.lora import variants
 from jaxlora.lora.spec import LoraSpec
+from jaxlora.models.attention import Attention
 from jaxlora.models.decoder import Decoder
 from jaxlora.models.decoding import Session
 from jaxlora.models.spec import DecoderSpec
@@ -44,7 +45,13 @@ def answering_model(
     count = max(n for n in range(1, len(devices) + 1) if not any(size % n for size in shared))
     mesh = make_mesh((1, 1, count), devices[:count])
     everywhere = NamedSharding(mesh, PartitionSpec()) if count > 1 else None
-    decoder = Decoder(spec, remat="none", dtype=jnp.dtype(dtype), activation_sharding=everywhere)
+    decoder = Decoder(
+        spec,
+        remat="none",
+        dtype=jnp.dtype(dtype),
+        activation_sharding=everywhere,
+        attention=Attention(platform=attention_platform(devices[0])),
+    )
     return Model(files, spec, decoder, mesh, quantize, quantize_embeddings)
 
 
