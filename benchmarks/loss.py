@@ -15,6 +15,7 @@ Temporaries are what the compiler says (of Liger: what torch allocated above its
 the faster of the bare products, round by round.
 """
 
+import functools
 import os
 from argparse import Namespace
 from collections.abc import Callable
@@ -32,13 +33,18 @@ from benchmarks import commands, report, timing
 from jaxlora.core.compilation import compiler_options
 from jaxlora.training.losses import chunk_for, cross_entropy
 
-CHUNK = chunk_for(jax.devices()[0].platform)
 VOCABULARIES = (32_768, 49_152, 151_936)
+
+
+@functools.cache
+def most() -> int:
+    """Tokens in a chunk on the device at hand."""
+    return chunk_for(jax.devices()[0].platform)
 
 
 def in_chunks(one: Callable[[Any, Any], Any], hidden: Any, targets: Any) -> Any:
     """Scans `one(hidden [C, D], targets [C])` over chunks of tokens; stacks what it hands out."""
-    chunk = min(CHUNK, len(hidden))
+    chunk = min(most(), len(hidden))
     pieces = hidden.reshape(-1, chunk, hidden.shape[1]), targets.reshape(-1, chunk)
     return jax.lax.scan(lambda carry, piece: (carry, one(*piece)), None, pieces)[1]
 
@@ -53,7 +59,7 @@ def nll(hidden: Any, head: Any, targets: Any) -> Any:
 
 def chunked(hidden: Any, head: Any, targets: Any) -> Any:
     weights = jnp.ones_like(targets, jnp.float32)[None]
-    return cross_entropy(hidden[None], head, targets[None], weights, chunk=CHUNK)
+    return cross_entropy(hidden[None], head, targets[None], weights, chunk=most())
 
 
 def remat(hidden: Any, head: Any, targets: Any) -> Any:
@@ -143,7 +149,7 @@ def main() -> None:
     parser = commands.parser(__doc__, rounds=7)
     parser.add_argument("--vocabularies", type=commands.positive, nargs="+", default=[*VOCABULARIES])
     parser.add_argument(
-        "--tokens", type=commands.positive, default=2048, help=f"a multiple of {CHUNK} (2048)"
+        "--tokens", type=commands.positive, default=2048, help="a multiple of the chunk (2048)"
     )
     parser.add_argument(
         "--hidden", type=commands.positive, default=896, help="width of the hidden states (896)"
@@ -151,10 +157,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     arguments = parser.parse_args()
     if arguments.toy:
-        arguments.vocabularies, arguments.tokens, arguments.hidden = [300], 2 * CHUNK, 32
-    if arguments.tokens % CHUNK:
+        arguments.vocabularies, arguments.tokens, arguments.hidden = [300], 2 * most(), 32
+    if arguments.tokens % most():
         parser.error(
-            f"--tokens {arguments.tokens} must be a multiple of {CHUNK}, so that all chunks are full"
+            f"--tokens {arguments.tokens} must be a multiple of {most()}, so that all chunks are full"
         )
     told, where = report.Report("loss", arguments), report.device()
     missing = commands.absent(torch="torch==2.13.0", liger_kernel="liger-kernel")

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.shapes import ALPHA, CLIP_NORM, LEARNING_RATE, RANK, WEIGHT_DECAY, random_bits
 from jaxlora.config.build import memory, programs
-from jaxlora.config.build.inputs import Model, attention_platform, by_example
+from jaxlora.config.build.inputs import Model, attention_platform, told
 from jaxlora.config.schema import Config
 from jaxlora.core.tree import Path, unflatten
 from jaxlora.models.attention import Attention
@@ -104,8 +104,7 @@ class OurStep:
             }
         )  # fmt: skip
         device = jax.devices()[0]
-        stretches = examples + 1 if by_example(device) else None
-        how = Attention(attention, attention_platform(device), stretches=stretches)
+        how = told(Attention(attention, attention_platform(device)), device, examples)
         mesh = make_mesh((1, 1, 1), [device])
         self.remat = memory.policies(self.config, mesh)[0]
         decoder = Decoder(spec, remat=self.remat, dtype=jnp.dtype(dtype), attention=how)

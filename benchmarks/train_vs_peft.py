@@ -86,7 +86,8 @@ def measure(
             return error
 
     def start(*names: str) -> None:
-        # One after the other on a CPU; a GPU's host has cores enough, and its time is dear.
+        # One after the other on a CPU; a GPU's host has cores enough. There XLA's and torch's compilers time kernels
+        # while the other side's do.
         with (
             progress.stage(f"{shape}: getting {', '.join(names)} ready"),
             ThreadPoolExecutor(len(names) if ON_GPU else 1) as pool,

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxlora.core.kept import kept_residual
-from jaxlora.core.products import GPUS, contract, result_dtype, transposed
+from jaxlora.core.products import WIDE, Products, contract, transposed
 from jaxlora.core.quantised import Quantised, gathered, plain
 
 
@@ -33,7 +33,7 @@ def adapted(
     x: Float[Array, "B T I"],
     kernels: Sequence[Float[Array, "I _"] | Quantised],
     adapters: Sequence[Low | None],
-    platform: str = "cpu",
+    how: Products = WIDE,
 ) -> list[Float[Array, "B T _"]]:
     """[x W_i (+ (x a_i) b_i)], multiplied in x's dtype, each product summed in float32.
 
@@ -41,33 +41,32 @@ def adapted(
         x: the input; `x a` is rounded to its dtype.
         kernels: W_i. A quantised one is frozen, of x's dtype, and dequantised anew for every product.
         adapters: as many; ranks may differ. None for a kernel without one.
-        platform: what the program is compiled for, as `models.attention.Attention` has it.
+        how: the products' results, and whether they may be joined.
     Returns:
-        In `core.products.result_dtype`. The gradients are those of the formula, of an adapter's matrices in their own
+        In the results' dtype. The gradients are those of the formula, of an adapter's matrices in their own
         dtype.
     Source: Hu et al. 2021 (LoRA), equation 3.
     """
     pairs = [(kernel, low) for kernel, low in zip(kernels, adapters, strict=True) if low is not None]
-    result = result_dtype(platform, x.dtype)
-    made = iter(_adapted(x, *zip(*pairs, strict=True), platform) if pairs else ())
+    made = iter(_adapted(x, *zip(*pairs, strict=True), how) if pairs else ())
     return [
-        contract("BTI,IO->BTO", x, kernel, result) if low is None else next(made)
+        contract("BTI,IO->BTO", x, kernel, how.result) if low is None else next(made)
         for kernel, low in zip(kernels, adapters, strict=True)
     ]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _adapted(x, kernels, adapters, platform):
-    return _forward(x, kernels, adapters, platform)[0]
+def _adapted(x, kernels, adapters, how):
+    return _forward(x, kernels, adapters, how)[0]
 
 
-def _forward(x, kernels, adapters, platform):
-    product = partial(jnp.einsum, preferred_element_type=result_dtype(platform, x.dtype))
+def _forward(x, kernels, adapters, how):
+    product = partial(jnp.einsum, preferred_element_type=how.result)
     low = product("BTI,IR->BTR", x, _side_by_side(adapters, x.dtype))
     low = kept_residual(low.astype(x.dtype), "projection")
     kernels_there = [_plain(kernel, x.dtype) for kernel in kernels]
     bs = [adapter.b.astype(x.dtype) for adapter in adapters]
-    if _joined(platform, x, sum(b.shape[1] for b in bs)):
+    if how.join and _pays(x, sum(b.shape[1] for b in bs)):
         # x W + low b as one product over the inputs of both: the sums are made where they are written, once.
         joined, places = jnp.concatenate([x, low], axis=-1), np.cumsum([0, *(b.shape[0] for b in bs)])
         out = [
@@ -82,9 +81,9 @@ def _forward(x, kernels, adapters, platform):
     return out, (x, kernels, adapters, low)
 
 
-def _backward(platform, residuals, cotangents):
+def _backward(how, residuals, cotangents):
     x, kernels, adapters, low = residuals
-    product = partial(jnp.einsum, preferred_element_type=result_dtype(platform, x.dtype))
+    product = partial(jnp.einsum, preferred_element_type=how.result)
     cotangents = [cotangent.astype(x.dtype) for cotangent in cotangents]
     dlow = [
         product("BTO,RO->BTR", cotangent, adapter.b.astype(x.dtype)).astype(x.dtype)
@@ -92,7 +91,7 @@ def _backward(platform, residuals, cotangents):
     ]
     dlow, a = jnp.concatenate(dlow, axis=-1), _side_by_side(adapters, x.dtype)
     kernels_there = [_plain(kernel, x.dtype) for kernel in kernels]
-    if len(kernels) == 1 and _joined(platform, cotangents[0], x.shape[-1]):  # as above
+    if how.join and len(kernels) == 1 and _pays(cotangents[0], x.shape[-1]):  # as above
         joined = jnp.concatenate([*cotangents, dlow], axis=-1)
         dx = product("BTO,IO->BTI", joined, jnp.concatenate([*kernels_there, a], axis=1))
     else:
@@ -121,14 +120,14 @@ _gradient: Any = partial(jnp.einsum, preferred_element_type=jnp.float32)
 """Of what is trained: in float32 whatever the products hand out."""
 
 
-def _joined(platform: str, x: Float[Array, "B T I"], outputs: int) -> bool:
-    """Whether to lay an adapter beside its kernels, which copies them and x, instead of adding its product to theirs.
+def _pays(x: Float[Array, "B T I"], outputs: int) -> bool:
+    """Whether joining moves less than it saves.
 
-    Both are counted in numbers that are written, and read again. A GPU has nothing else to save here: few tokens, as
-    those that are generated, never pay for a copy of a kernel.
+    Joined, x and the kernels are copied; apart, the adapter's product is written, and read again to be added. Few
+    tokens, as those that are generated, never pay for the copy of a kernel.
     """
     tokens, inputs = x.size // x.shape[-1], x.shape[-1]
-    return platform in GPUS and inputs * (outputs + tokens) < tokens * outputs
+    return inputs * (outputs + tokens) < tokens * outputs
 
 
 def _below(kernel: Array, b: Array, place: int, rows: int) -> Float[Array, "_ O"]:

@@ -1,4 +1,4 @@
-"""Matrix products with low-precision operands and float32 results, forward and backward.
+"""Matrix products with low-precision operands and float32 sums, forward and backward.
 
 `jnp.einsum(..., preferred_element_type=float32)` gives a float32 result from bfloat16 operands, but its gradient
 multiplies a float32 cotangent with a bfloat16 operand, which XLA answers by widening the operand: slower everywhere
@@ -7,7 +7,7 @@ its direction, is the same kind: narrow operands, float32 sums.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def contract(
         y: second operand, cast to x's dtype for the product. Its gradient comes back in its own dtype: a float32
             adapter under bfloat16 activations keeps a gradient that was summed and stored in float32. A quantised one
             is frozen, of x's dtype, and dequantised anew for every product, forward and backward.
-        result: dtype that the sums are handed out in: float32 or x's (see `result_dtype`).
+        result: dtype that the sums are handed out in: float32 or x's (see `Products`).
     Returns:
         In that dtype, shaped as the equation says.
     """
@@ -39,17 +39,34 @@ def contract(
     return product(equation, x, y, result)
 
 
-def result_dtype(platform: str, dtype: Any) -> Any:
-    """What to ask of a product whose result is going to be rounded to its operands' dtype anyway.
+class Products(NamedTuple):
+    """How a decoder's products with its kernels are asked for; made by `products_of`.
 
-    Sums are float32 everywhere. On a CPU a product is fast only where it may hand them out as they are, and a TPU's
-    compiler rounds them in the product. A GPU's libraries write what they are asked for: float32 results would be
-    written, and read again to be rounded, for as long as the product itself takes.
+    Attributes:
+        result: dtype that they hand their float32 sums out in, where these are rounded next anyway.
+        join: whether an adapter may be laid beside its kernel for one product of both (`core.adapted`).
+    """
+
+    result: Any = jnp.float32
+    join: bool = False
+
+
+WIDE = Products()
+"""As on a CPU: float32 results, nothing joined."""
+
+
+def products_of(platform: str, dtype: Any, join: bool = True) -> Products:
+    """What suits a platform.
+
+    On a CPU a product is fast only where it may hand out float32, and a TPU's compiler rounds within the product. A
+    GPU's libraries write what they are asked for: float32 results would be written, and read again to be rounded, for
+    as long as many a product takes.
 
     Args:
         platform: as `models.attention.Attention` has it. dtype: of the operands.
+        join: False where kernels are cut over devices, or several adapters share them under `jax.vmap`.
     """
-    return dtype if platform in GPUS else jnp.float32
+    return Products(dtype, join) if platform in GPUS else WIDE
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlora.core.adapted import Low, adapted
 from jaxlora.core.kept import kept
-from jaxlora.core.products import contract, result_dtype
+from jaxlora.core.products import Products, contract, products_of
 from jaxlora.core.quantised import Quantised, plain
 from jaxlora.core.spread import at
 from jaxlora.models.attention import Attention, attention, rotate, rotation
@@ -108,22 +108,22 @@ class Weights(NamedTuple):
 
 
 def project(
-    x: Float[Array, "B T I"], lora_dropout: Dropout | None, platform: str, *projections: Projection
+    x: Float[Array, "B T I"], lora_dropout: Dropout | None, how: Products, *projections: Projection
 ) -> list[Float[Array, "B T _"]]:
     """y = (x W (+ (dropout(x) a) b)) (* gain) (+ bias) of each, returned in the base's dtype.
 
-    Products are summed in float32, and with each other in the dtype that the platform's hand out (`result_dtype`).
+    Each product is summed in float32, and added to others in the dtype of `how.result`.
     """
-    weights, result = [projection(x.shape[-1]) for projection in projections], result_dtype(platform, x.dtype)
+    weights = [projection(x.shape[-1]) for projection in projections]
     if lora_dropout is None:
-        products = adapted(x, [each.kernel for each in weights], [each.low for each in weights], platform)
+        products = adapted(x, [each.kernel for each in weights], [each.low for each in weights], how)
     else:
-        products = [contract("BTI,IO->BTO", x, each.kernel, result) for each in weights]
+        products = [contract("BTI,IO->BTO", x, each.kernel, how.result) for each in weights]
     found = []
     for projection, y, (_, low, gain, bias) in zip(projections, products, weights, strict=True):
         if lora_dropout is not None and low is not None:  # then each has an input of its own
-            low_rank = contract("BTI,IR->BTR", projection.dropped(x, lora_dropout), low.a, result)
-            y = y + contract("BTR,RO->BTO", low_rank.astype(x.dtype), low.b, result)
+            low_rank = contract("BTI,IR->BTR", projection.dropped(x, lora_dropout), low.a, how.result)
+            y = y + contract("BTR,RO->BTO", low_rank.astype(x.dtype), low.b, how.result)
         if gain is not None:
             y = y * gain[None, None, :]
         if bias is not None:
@@ -150,6 +150,7 @@ class SelfAttention(nn.Module):
     spec: DecoderSpec
     dtype: Any
     how: Attention
+    products: Products
 
     @nn.compact
     def __call__(self, x, turned, queries, keys, write_at, lora_dropout):
@@ -161,7 +162,7 @@ class SelfAttention(nn.Module):
         projected = project(
             x,
             lora_dropout,
-            self.how.platform,
+            self.products,
             heads("q_proj", spec.num_heads),
             heads("k_proj", spec.num_kv_heads),
             heads("v_proj", spec.num_kv_heads),
@@ -173,7 +174,7 @@ class SelfAttention(nn.Module):
             k, v = self._remember("k", k, write_at), self._remember("v", v, write_at)
         y = attention(q, k, v, queries, keys, spec.sliding_window, self.how).astype(dtype)
         output = Projection(spec.hidden_size, False, dtype, name="o_proj")
-        return project(y.reshape(*y.shape[:2], -1), lora_dropout, self.how.platform, output)[0]
+        return project(y.reshape(*y.shape[:2], -1), lora_dropout, self.products, output)[0]
 
     def _remember(self, name: str, new: Float[Array, "B T K h"], write_at) -> Float[Array, "B S K h"]:
         """The cached keys or values with new ones from index `write_at` on; the new ones alone are handed out.
@@ -194,7 +195,7 @@ class MLP(nn.Module):
 
     spec: DecoderSpec
     dtype: Any
-    platform: str
+    products: Products
 
     @nn.compact
     def __call__(self, x, lora_dropout):
@@ -202,13 +203,13 @@ class MLP(nn.Module):
         gate, up = project(
             x,
             lora_dropout,
-            self.platform,
+            self.products,
             Projection(wide, False, dtype, name="gate_proj"),
             Projection(wide, False, dtype, name="up_proj"),
         )
         inner = (jax.nn.silu(gate.astype(jnp.float32)) * up).astype(dtype)
         down = Projection(self.spec.hidden_size, False, dtype, name="down_proj")
-        return project(inner, lora_dropout, self.platform, down)[0]
+        return project(inner, lora_dropout, self.products, down)[0]
 
 
 class Block(nn.Module):
@@ -218,6 +219,7 @@ class Block(nn.Module):
     dtype: Any
     activation_sharding: jax.sharding.Sharding | None
     how: Attention
+    products: Products
 
     @nn.compact
     def __call__(self, x, turned, queries, keys, write_at, lora_dropout):
@@ -225,11 +227,11 @@ class Block(nn.Module):
             x = jax.lax.with_sharding_constraint(x, self.activation_sharding)
         x = kept(x, "layer_input")
         norm = RMSNorm(self.spec.rms_norm_eps, self.dtype, name="input_layernorm")(x)
-        x = x + SelfAttention(self.spec, self.dtype, self.how, name="self_attn")(
+        x = x + SelfAttention(self.spec, self.dtype, self.how, self.products, name="self_attn")(
             norm, turned, queries, keys, write_at, lora_dropout
         )
         norm = RMSNorm(self.spec.rms_norm_eps, self.dtype, name="post_attention_layernorm")(x)
-        return x + MLP(self.spec, self.dtype, self.how.platform, name="mlp")(norm, lora_dropout), None
+        return x + MLP(self.spec, self.dtype, self.products, name="mlp")(norm, lora_dropout), None
 
 
 class Decoder(nn.Module):
@@ -241,6 +243,7 @@ class Decoder(nn.Module):
         dtype: of base, activations and cache (bfloat16, or float32 for tests and small models).
         activation_sharding: placement of the [B, T, D] residual stream, or None for the compiler's choice.
         attention: how it attends.
+        stacked: whether it is applied to several adapters at once, under `jax.vmap`.
     """
 
     spec: DecoderSpec
@@ -248,6 +251,7 @@ class Decoder(nn.Module):
     dtype: Any = jnp.bfloat16
     activation_sharding: jax.sharding.Sharding | None = None
     attention: Attention = Attention()
+    stacked: bool = False
 
     @nn.compact
     def __call__(
@@ -284,13 +288,16 @@ class Decoder(nn.Module):
             if self.remat == "none"
             else nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         )
+        # Joined, a stack's kernels would be copied for each adapter, and those of a mesh put together first.
+        join = not self.stacked and self.activation_sharding is None
+        products = products_of(self.attention.platform, self.dtype, join)
         layers = nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0, "cache": 0, "written": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast,) * 5,  # pyright: ignore[reportArgumentType]  (Flax's annotation forgets it)
             length=self.spec.num_layers,
-        )(self.spec, self.dtype, self.activation_sharding, self.attention, name="layers")
+        )(self.spec, self.dtype, self.activation_sharding, self.attention, products, name="layers")
         x = self._look_up(embedding, tokens)
         turned = rotation(positions, self.spec.head_dim, self.spec.rope_theta)
         x, _ = layers(x, turned, queries, keys, write_at, lora_dropout)

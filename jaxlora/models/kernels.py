@@ -121,6 +121,8 @@ def cudnn_packed(
         segments: example number within the row; 0 for padding.
         stretches: the most of them that a row has, padding counted: a row with more comes out wrong.
     """
+    if q.size >= 2**31:  # places are counted in int32
+        return cudnn(q, k, v, segments, None)
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     lengths, starts = _stretches(segments, stretches)

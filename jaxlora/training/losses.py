@@ -32,9 +32,14 @@ GPU_CHUNK = 1024
 """On a GPU, which would read the head for longer than it multiplies with it: 623 MB, and an eighth of the reading."""
 
 
-def chunk_for(platform: str) -> int:
-    """Tokens whose logits exist at once on a platform, as `models.attention.Attention` has it."""
-    return GPU_CHUNK if platform in GPUS else CHUNK
+def chunk_for(platform: str, stacked: bool = False) -> int:
+    """Tokens whose logits exist at once.
+
+    Args:
+        platform: as `models.attention.Attention` has it.
+        stacked: whether so many exist for each of several adapters, whose tokens share the head's reading.
+    """
+    return GPU_CHUNK if platform in GPUS and not stacked else CHUNK
 
 
 class TokenLosses(NamedTuple):

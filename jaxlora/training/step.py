@@ -88,7 +88,7 @@ def make_train_step(decoder: Decoder, dropout: bool = False) -> Callable[..., tu
             rows["targets"],
             rows["weights"],
             settings.label_smoothing,
-            chunk_for(decoder.attention.platform),
+            chunk_for(decoder.attention.platform, decoder.stacked),
             spread,
         )
         trained = jnp.maximum(jnp.sum(rows["weights"], axis=-1), 1.0)
@@ -164,7 +164,7 @@ def make_eval_step(decoder: Decoder) -> Callable[..., TokenMetrics]:
         hidden: Any = decoder.apply(
             {"params": base, "lora": lora}, batch["tokens"], batch["positions"], batch["segments"]
         )
-        chunk = chunk_for(decoder.attention.platform)
+        chunk = chunk_for(decoder.attention.platform, decoder.stacked)
         return token_metrics(hidden, unembedding(base), batch["targets"], batch["weights"], chunk, spread)
 
     return evaluate

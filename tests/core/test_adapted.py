@@ -9,6 +9,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jaxlora.core.adapted import Low, adapted
+from jaxlora.core.products import products_of
 from jaxlora.core.quantised import Quantised, plain, quantise
 
 INPUTS, OUTPUTS, RANKS = 16, (7, 3, 5), (2, 1, 4)
@@ -108,7 +109,7 @@ def test_a_gpus_products_are_the_formulas(outputs, kind, length):
     if kind != "none":
         frozen = [quantise(np.asarray(kernel), kind) for kernel in kernels]
         kernels = [jnp.asarray(plain(kernel)) for kernel in frozen]
-    on_gpu = partial(adapted, platform="gpu")
+    on_gpu = partial(adapted, how=products_of("gpu", jnp.float32))
     for mine, theirs in zip(on_gpu(x, frozen, lows), formula(x, kernels, lows), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
 
@@ -139,7 +140,10 @@ def test_a_gpu_writes_no_wide_result_in_float32_and_none_for_an_adapter_alone():
     wide = (1024,)
     given = drawn(jnp.bfloat16, 16, wide, length=64)
     size = 2 * 64 * wide[0]
-    on_cpu, on_gpu = (results(partial(adapted, platform=p), *given) for p in ("cpu", "gpu"))
+    on_cpu, on_gpu = (
+        results(partial(adapted, how=products_of(platform, jnp.bfloat16)), *given)
+        for platform in ("cpu", "gpu")
+    )
     assert sorted(made for made in on_cpu if made[0] == size) == [(size, "float32")] * 2
     assert [made for made in on_gpu if made[0] == size] == [(size, "bfloat16")]
     # What is trained has its gradient in float32 everywhere.
@@ -149,9 +153,14 @@ def test_a_gpu_writes_no_wide_result_in_float32_and_none_for_an_adapter_alone():
 
 def test_a_kernel_is_not_copied_for_a_token_that_is_generated():
     given = drawn(jnp.bfloat16, 16, (1024,), length=1)
-    assert "18x1024" not in jax.jit(partial(adapted, platform="gpu")).lower(*given).as_text()
+    assert (
+        "18x1024"
+        not in jax.jit(partial(adapted, how=products_of("gpu", jnp.bfloat16))).lower(*given).as_text()
+    )
     longer = drawn(jnp.bfloat16, 16, (1024,), length=64)
-    assert "18x1024" in jax.jit(partial(adapted, platform="gpu")).lower(*longer).as_text()
+    assert (
+        "18x1024" in jax.jit(partial(adapted, how=products_of("gpu", jnp.bfloat16))).lower(*longer).as_text()
+    )
 
 
 def test_a_gpu_is_hardly_less_exact():
@@ -160,7 +169,8 @@ def test_a_gpu_is_hardly_less_exact():
     exact = jax.tree.leaves(gradients(formula, *wide)[::2])
 
     def error(platform):
-        found = jax.tree.leaves(gradients(partial(adapted, platform=platform), x, kernels, lows)[::2])
+        compute = partial(adapted, how=products_of(platform, jnp.bfloat16))
+        found = jax.tree.leaves(gradients(compute, x, kernels, lows)[::2])
         return np.mean([np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(found, exact, strict=True)])
 
     assert error("gpu") < 1.5 * error("cpu")

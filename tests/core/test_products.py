@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlora.core.products import contract, result_dtype
+from jaxlora.core.products import WIDE, contract, products_of
 
 CASES = {
     "NI,IO->NO": ((5, 7), (7, 3)),
@@ -66,8 +66,9 @@ def test_every_product_of_the_backward_pass_has_narrow_operands():
 
 
 def test_a_result_is_narrow_where_a_platform_wants_it_so():
-    assert [result_dtype(platform, jnp.bfloat16) for platform in ("cpu", "tpu")] == [jnp.float32] * 2
-    assert [result_dtype(platform, jnp.bfloat16) for platform in ("gpu", "cuda")] == [jnp.bfloat16] * 2
+    assert [products_of(platform, jnp.bfloat16) for platform in ("cpu", "tpu")] == [WIDE] * 2
+    assert [products_of(platform, jnp.bfloat16) for platform in ("gpu", "cuda")] == [(jnp.bfloat16, True)] * 2
+    assert products_of("cuda", jnp.bfloat16, join=False) == (jnp.bfloat16, False)
     x, y = (jax.random.normal(jax.random.key(i), (8, 8), jnp.bfloat16) for i in (0, 1))
     narrow = contract("NI,IO->NO", x, y, jnp.bfloat16)
     np.testing.assert_array_equal(narrow, contract("NI,IO->NO", x, y).astype(jnp.bfloat16))

@@ -15,6 +15,9 @@ from jaxlora.lora.spec import TARGETS
 from jaxlora.models.attention import Attention
 from jaxlora.models.decoder import Decoder
 from jaxlora.models.spec import DecoderSpec
+from jaxlora.parallel import sharding
+from jaxlora.parallel.mesh import make_mesh
+from jaxlora.training.losses import CHUNK
 from jaxlora.training.optimizer import OptimizerSettings
 from jaxlora.training.state import Settings, new_state
 from jaxlora.training.step import make_eval_step, make_train_step
@@ -214,11 +217,31 @@ def test_evaluation_needs_no_more_memory_than_training():
 
 
 def test_the_step_of_a_gpu_is_the_step(make_tiny, compiled):
-    """In float32 it differs from a CPU's in the order of sums alone: products side by side, a larger chunk."""
+    """In float32 it differs from a CPU's in the order of sums alone: products side by side, one chunk and not two."""
     tiny = make_tiny()
     decoder = tiny.decoder.clone(attention=Attention("plain", "gpu"))
-    batch = tiny.batch(0, 8, 16, 2)
+    batch = tiny.batch(0, 8, 32, 1)  # 256 tokens at once
     ours, sums = after_two_steps(jax.jit(make_train_step(decoder)), tiny, batch)
     expected, reference = after_two_steps(compiled(), tiny, batch)
     close(ours.adapter, expected.adapter)
     close(recut(sums, sums), recut(reference, sums))
+
+
+def test_a_gpu_joins_an_adapter_to_its_kernel_unless_there_are_several_or_several_devices(make_tiny):
+    tiny = make_tiny()
+    batch, spec = tiny.batch(0, 8, 32, 1), tiny.decoder.spec
+    on_gpu = tiny.decoder.clone(attention=Attention("plain", "gpu"))
+    ranks = 2 * tiny.state.adapter["layers"]["mlp"]["gate_proj"]["a"].shape[-1]
+    # Gate's and up's kernel above both b: what stands beside it differs in each.
+    joined = f"[{spec.hidden_size + ranks},{spec.intermediate_size}]"
+
+    def text(decoder, batch=batch):
+        return str(jax.make_jaxpr(make_train_step(decoder))(tiny.state, tiny.base, batch))
+
+    assert joined in text(on_gpu)
+    assert joined not in text(tiny.decoder)
+    assert joined not in text(on_gpu.clone(stacked=True))
+    on_mesh = sharding.activation_sharding(make_mesh((1, 1, 1), jax.devices()[:1]))
+    assert joined not in text(on_gpu.clone(activation_sharding=on_mesh))
+    assert f"[{256},{spec.vocab_size}]" in text(on_gpu)
+    assert f"[{CHUNK},{spec.vocab_size}]" in text(on_gpu.clone(stacked=True))

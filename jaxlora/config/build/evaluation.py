@@ -138,6 +138,7 @@ def averaged(chosen: Chosen, config: Config, devices: Sequence[Any], progress: P
     with progress.stage("reading the held-out data") as stage:
         encoder = inputs.encoder(model, config.data.train_on)
         data = inputs.held_out(config, encoder, progress.say, stage)
+    model = inputs.knowing_rows(model, config, data.eval.examples)
     with progress.stage("loading the base") as stage:
         base = inputs.base(model, stage)
     lora = generation.effective(model, base, *read)

@@ -197,28 +197,33 @@ def attention(chosen: ModelConfig, spec: DecoderSpec, mesh: Mesh) -> Attention:
 
 
 MOST_STRETCHES = 32
-"""Of a row, up to which cuDNN is told of each: it makes the statistics of B T tokens for every one of them."""
+"""The most stretches of a row that cuDNN is told of: its statistics of a row take T numbers for each of them."""
 
 
 def knowing_rows(model: Model, config: Config, *examples: Examples) -> Model:
-    """The model with what its attention can make of the rows that these examples, or any of them, are laid out in.
+    """The model, its attention told how many examples a row of these has at most, or a row of any of them.
 
-    It is the same function; on a Hopper GPU or a later one attention between examples is not computed. A sliding window
-    needs cuDNN's mask.
+    What it computes is the same. A sliding window needs cuDNN's mask.
     """
-    how = model.decoder.attention
-    device, window = model.mesh.devices.flat[0], model.spec.sliding_window
-    if window is not None or not by_example(device) or not packed_is_there():
-        return model
     lengths = np.concatenate([each.lengths for each in examples])
-    most = 1 + most_in_a_row(lengths, config.data.max_length, packing=config.data.packing)
-    how = dataclasses.replace(how, stretches=most if most <= MOST_STRETCHES else None)
+    most = most_in_a_row(lengths, config.data.max_length, packing=config.data.packing)
+    if model.spec.sliding_window is not None:
+        return model
+    how = told(model.decoder.attention, model.mesh.devices.flat[0], most)
     return dataclasses.replace(model, decoder=model.decoder.clone(attention=how))
 
 
+def told(how: Attention, device: Any, examples: int) -> Attention:
+    """Attention that knows of at most so many examples a row, where the device can make something of it."""
+    stretches = examples + 1  # the padding behind them
+    if stretches > MOST_STRETCHES or not (by_example(device) and packed_is_there()):
+        return how
+    return dataclasses.replace(how, stretches=stretches)
+
+
 def by_example(device: Any) -> bool:
-    """Whether cuDNN's attention there takes a row's examples one by one: compute capability 9 and up."""
-    return attention_platform(device) == "cuda" and float(device.compute_capability) >= 9
+    """Whether cuDNN's attention there takes a row's examples one by one: Hopper, where that was seen."""
+    return attention_platform(device) == "cuda" and 9 <= float(device.compute_capability) < 10
 
 
 def attention_platform(device: Any) -> str:

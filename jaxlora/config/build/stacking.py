@@ -89,7 +89,8 @@ def lower_train(form: Form, count: int) -> jax.stages.Lowered:
     config, model = form.config, form.model
     mesh = model.mesh
     states = stack.stacked_shapes(mesh, form.like, count)
-    step = make_train_step(programs.training_decoder(config, model), form.dropout)
+    decoder = programs.training_decoder(config, model).clone(stacked=True)
+    step = make_train_step(decoder, form.dropout)
     batch = _batch_shapes(form, count)
     active = jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=sharding.of_trials(mesh, PartitionSpec()))
     placements = (jax.tree.map(lambda x: x.sharding, states), NamedSharding(mesh, PartitionSpec()))
