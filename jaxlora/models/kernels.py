@@ -111,7 +111,7 @@ def cudnn_packed(
     segments: Int[Array, "B T"],
     stretches: int,
 ) -> Float[Array, "B T H h"]:
-    """Softmax attention by cuDNN's flash attention over each example by itself, on Hopper GPUs and later ones.
+    """Softmax attention by cuDNN's flash attention over each example by itself, on Hopper GPUs.
 
     cuDNN is told where examples begin and how long they are: there is no mask, and nothing between examples is
     computed. `jax.nn.dot_product_attention` has no arguments for it; what it calls has, in a module that is JAX's own:
