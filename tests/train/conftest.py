@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from jaxlora import train
+from jaxlora.config.build import inputs
 from jaxlora.core import cli
 
 MODEL = {
@@ -285,3 +286,16 @@ def devices(monkeypatch) -> Iterator[Callable[[int], None]]:
 
     see(1)
     return see
+
+
+@pytest.fixture
+def told(monkeypatch) -> list[int]:
+    """The most examples of a row that attention is told of, each time that it is."""
+    found: list[int] = []
+
+    def told(how: Any, device: Any, examples: int) -> Any:
+        found.append(examples)
+        return how
+
+    monkeypatch.setattr(inputs, "told", told)
+    return found

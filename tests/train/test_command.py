@@ -237,9 +237,11 @@ def assert_same_curves(workdir: Path, other: Path, rel: float) -> None:
         assert curve(workdir, name) == pytest.approx(curve(other, name), rel=rel), name
 
 
-def test_micro_batches(finished, project, call, tmp_path):
+def test_micro_batches(finished, project, call, tmp_path, told):
     """8 micro-batches of one row are one of 8."""
     assert call(project.arguments(tmp_path / "run", train__micro_batch_size=1)).code == 0
+    (most,) = told
+    assert most > 1, "attention knows that rows are packed"
     assert_same_curves(tmp_path / "run", finished.workdir, 1e-5)
 
 
@@ -255,11 +257,12 @@ def test_meshes(finished, project, call, tmp_path, devices, data, fsdp, tensor):
     assert_same_curves(tmp_path / "run", finished.workdir, 1e-5)
 
 
-def test_packing_off(finished, project, call, tmp_path):
+def test_packing_off(finished, project, call, tmp_path, told):
     """More rows, the same examples: the base's loss is the same."""
     ended = call(project.arguments(tmp_path / "run", data__packing=False))
     assert ended.code == 0
     assert "60 examples in 60 rows" in ended.out
+    assert told == [1], "attention knows that a row has one example"
     evals = [curve(workdir, "eval/nll") for workdir in (tmp_path / "run", finished.workdir)]
     assert evals[0][0] == pytest.approx(evals[1][0], rel=1e-5)
     assert evals[0][6] != evals[1][6]

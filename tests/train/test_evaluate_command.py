@@ -65,10 +65,12 @@ def test_a_run_scores_as_it_did_in_training(step, number, run, scored, tmp_path)
     assert (tmp_path / "losses.answers.jsonl").read_bytes() == answers
 
 
-def test_the_rows_that_a_run_held_out(run, scored):
+def test_the_rows_that_a_run_held_out(run, scored, told):
     """A share of data.train, drawn by the seed, of which the first few are evaluated; without packing, in bfloat16."""
     workdir = run("held out")
+    told.clear()
     found, line = scored("--run", workdir), in_training(workdir, 6)
+    assert told == [1], "attention knows that a row has one example"
     for name in ("perplexity", "top5_accuracy", "entropy", "ece"):  # not among the run's eval.metrics
         found.pop(f"eval/{name}")
     assert metrics(found) == metrics(line)
