@@ -62,7 +62,7 @@ def adapted(job: dict[str, Any], device: str) -> Any:
             config, dtype=getattr(torch, job["dtype"]), attn_implementation="sdpa"
         )
     if job["remat"] == "full":
-        # Renamed in transformers 5.2x.
+        # Renamed between transformers 5.17 and 5.24.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     lora = peft.LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules="all-linear", task_type="CAUSAL_LM")

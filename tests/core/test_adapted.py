@@ -54,22 +54,31 @@ def test_values_and_gradients_are_the_formulas(without):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_a_quantised_kernel_is_what_it_stands_for(kind):
-    x, kernels, lows = drawn()
-    frozen = [quantise(np.asarray(kernel), kind) for kernel in kernels]
-    whole = [jnp.asarray(plain(kernel)) for kernel in frozen]
-    for mine, theirs in zip(adapted(x, frozen, lows), formula(x, whole, lows), strict=True):
+def agree(compute, x, frozen, kernels, lows):
+    """Values, and gradients of what is not frozen, with kernels that stand for these."""
+    for mine, theirs in zip(compute(x, frozen, lows), formula(x, kernels, lows), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
 
     def loss(compute, kernels):
         return lambda x, lows: sum(jnp.sum(jnp.sin(y)) for y in compute(x, kernels, lows))
 
-    ours = jax.grad(loss(adapted, frozen), argnums=(0, 1))(x, lows)
-    expected = jax.grad(loss(formula, whole), argnums=(0, 1))(x, lows)
-    assert all(isinstance(kernel, Quantised) for kernel in frozen)
+    ours = jax.grad(loss(compute, frozen), argnums=(0, 1))(x, lows)
+    expected = jax.grad(loss(formula, kernels), argnums=(0, 1))(x, lows)
     for mine, theirs in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def frozen_and_whole(kernels, kind):
+    """Quantised kernels, and the arrays that they stand for."""
+    frozen = [quantise(np.asarray(kernel), kind) for kernel in kernels]
+    assert all(isinstance(kernel, Quantised) for kernel in frozen)
+    return frozen, [jnp.asarray(plain(kernel)) for kernel in frozen]
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_kernel_is_what_it_stands_for(kind):
+    x, kernels, lows = drawn()
+    agree(adapted, x, *frozen_and_whole(kernels, kind), lows)
 
 
 def test_bfloat16_sums_in_float32_and_gives_each_gradient_its_own_dtype():
@@ -105,21 +114,10 @@ def test_what_the_products_share_is_one_product():
 def test_a_gpus_products_are_the_formulas(outputs, kind, length):
     """Whether or not they are laid beside each other, by the tokens and by what is wider, input or output."""
     x, kernels, lows = drawn(outputs=outputs, length=length)
-    frozen: list = kernels
+    frozen = kernels
     if kind != "none":
-        frozen = [quantise(np.asarray(kernel), kind) for kernel in kernels]
-        kernels = [jnp.asarray(plain(kernel)) for kernel in frozen]
-    on_gpu = partial(adapted, how=products_of("gpu", jnp.float32))
-    for mine, theirs in zip(on_gpu(x, frozen, lows), formula(x, kernels, lows), strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
-
-    def loss(compute, kernels):
-        return lambda x, lows: sum(jnp.sum(jnp.sin(y)) for y in compute(x, kernels, lows))
-
-    ours = jax.grad(loss(on_gpu, frozen), argnums=(0, 1))(x, lows)
-    expected = jax.grad(loss(formula, kernels), argnums=(0, 1))(x, lows)
-    for mine, theirs in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+        frozen, kernels = frozen_and_whole(kernels, kind)
+    agree(partial(adapted, how=products_of("gpu", jnp.float32)), x, frozen, kernels, lows)
 
 
 def results(compute, x, kernels, lows):
@@ -151,16 +149,11 @@ def test_a_gpu_writes_no_wide_result_in_float32_and_none_for_an_adapter_alone():
         assert {(16 * RANKS[0], "float32"), (RANKS[0] * wide[0], "float32")} <= set(made)
 
 
-def test_a_kernel_is_not_copied_for_a_token_that_is_generated():
-    given = drawn(jnp.bfloat16, 16, (1024,), length=1)
-    assert (
-        "18x1024"
-        not in jax.jit(partial(adapted, how=products_of("gpu", jnp.bfloat16))).lower(*given).as_text()
-    )
-    longer = drawn(jnp.bfloat16, 16, (1024,), length=64)
-    assert (
-        "18x1024" in jax.jit(partial(adapted, how=products_of("gpu", jnp.bfloat16))).lower(*longer).as_text()
-    )
+@pytest.mark.parametrize(("length", "copied"), [(1, False), (64, True)])
+def test_a_kernel_is_not_copied_for_a_token_that_is_generated(length, copied):
+    given = drawn(jnp.bfloat16, 16, (1024,), length=length)
+    text = jax.jit(partial(adapted, how=products_of("gpu", jnp.bfloat16))).lower(*given).as_text()
+    assert ("18x1024" in text) == copied, "the kernel's 16 rows above b's 2"
 
 
 def test_a_gpu_is_hardly_less_exact():

@@ -235,7 +235,7 @@ def test_a_gpu_joins_an_adapter_to_its_kernel_unless_there_are_several_or_severa
     # Gate's and up's kernel above both b: what stands beside it differs in each.
     joined = f"[{spec.hidden_size + ranks},{spec.intermediate_size}]"
 
-    def text(decoder, batch=batch):
+    def text(decoder):
         return str(jax.make_jaxpr(make_train_step(decoder))(tiny.state, tiny.base, batch))
 
     assert joined in text(on_gpu)
@@ -243,5 +243,5 @@ def test_a_gpu_joins_an_adapter_to_its_kernel_unless_there_are_several_or_severa
     assert joined not in text(on_gpu.clone(stacked=True))
     on_mesh = sharding.activation_sharding(make_mesh((1, 1, 1), jax.devices()[:1]))
     assert joined not in text(on_gpu.clone(activation_sharding=on_mesh))
-    assert f"[{256},{spec.vocab_size}]" in text(on_gpu)
+    assert f"[256,{spec.vocab_size}]" in text(on_gpu)
     assert f"[{CHUNK},{spec.vocab_size}]" in text(on_gpu.clone(stacked=True))
