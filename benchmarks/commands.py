@@ -48,6 +48,16 @@ def choices(allowed: Iterable[str]) -> Callable[[str], list[str]]:
     return some
 
 
+def add_scan(parser: argparse.ArgumentParser) -> None:
+    """Adds what writes our layers out, one after the other."""
+    parser.add_argument(
+        "--no-scan-layers",
+        dest="scan_layers",
+        action="store_false",
+        help="ours with model.scan_layers = False",
+    )
+
+
 def add_step(parser: argparse.ArgumentParser, *shapes: str) -> None:
     """Adds what says which of our train steps is looked at; `shapes` are those of the default."""
     parser.add_argument("--shapes", type=choices(SHAPES), default=list(shapes), help=f"({','.join(shapes)})")
@@ -57,6 +67,7 @@ def add_step(parser: argparse.ArgumentParser, *shapes: str) -> None:
     parser.add_argument(
         "--remat", type=choices(("none", "dots", "full")), default=["full"], help="policies (full)"
     )
+    add_scan(parser)
 
 
 def step_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:

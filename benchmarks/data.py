@@ -27,6 +27,8 @@ from jaxlora.core.imports import without_torch
 def child(arguments: Namespace) -> None:
     """One pass over the data; prints seconds by part, and what came of it."""
     with without_torch():  # as every command does
+        import datasets  # noqa: F401
+
         from jaxlora.data.batches import Batches, prepare
         from jaxlora.data.chat import ChatEncoder, load_tokenizer
         from jaxlora.data.sources import load_conversations

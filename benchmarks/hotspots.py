@@ -91,7 +91,7 @@ def hotspots(trace: Path, program: str) -> list[Spot]:
 def measure(shape: str, remat: str, arguments: Any) -> list[Spot]:
     """Traces as many steps as there are rounds."""
     base, rows, length = spec(shape), arguments.rows, arguments.length
-    ours = OurStep(base, rows, length, arguments.dtype, remat)
+    ours = OurStep(base, rows, length, arguments.dtype, remat, scan_layers=arguments.scan_layers)
     assert ours.compiled is not None
     step, batch = (
         ours.starter(random_base(base, arguments.dtype)),

@@ -72,7 +72,7 @@ class OurStep:
         spec: the base. rows, length: of a step's batch. dtype: of the base. remat: a policy of the decoder, or
             "auto" for the first that a run with that value tries on the device.
         attention: its kind. examples: the most that a row of a batch has.
-        at_once: rows of a micro-batch; all by default.
+        at_once: rows of a micro-batch; all by default. scan_layers: as model.scan_layers.
     Attributes:
         remat: the policy.
         config, model, compiled: as a run has them. `compiled` is made when it is first asked for; it is None where the
@@ -89,11 +89,12 @@ class OurStep:
         attention: str = "auto",
         at_once: int | None = None,
         examples: int = 1,
+        scan_layers: bool = True,
     ):
         self._micro_batches = rows // (at_once or rows)
         self.config = Config.from_dict(
             {
-                "model": {"path": "none", "remat": remat, "dtype": dtype},
+                "model": {"path": "none", "remat": remat, "dtype": dtype, "scan_layers": scan_layers},
                 "lora": {"rank": RANK, "alpha": ALPHA},
                 "optim": {
                     "learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "clip_norm": CLIP_NORM,

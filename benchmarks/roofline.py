@@ -71,7 +71,7 @@ def ceilings(shape: DecoderSpec, tokens: int, dtype: str, arguments: Namespace) 
 def measure(name: str, remat: str, arguments: Namespace) -> dict[str, Any]:
     """Ceilings, the step's counts and times, and shares."""
     shape, rows, length = spec(name), arguments.rows, arguments.length
-    ours = OurStep(shape, rows, length, arguments.dtype, remat)
+    ours = OurStep(shape, rows, length, arguments.dtype, remat, scan_layers=arguments.scan_layers)
     if ours.compiled is None:
         return {"failed": "the compiled step does not fit the device"}
     step = ours.starter(random_base(shape, arguments.dtype))

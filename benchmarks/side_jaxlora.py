@@ -24,7 +24,10 @@ def build(job: dict[str, Any]) -> Side:
     at_once = min(job["rows"], job["at_once"])
     batches = conversations(job) if job["examples"] else None
     most = batches.most_segments if batches else 1
-    ours = OurStep(shape, job["rows"], job["length"], job["dtype"], remat, at_once=at_once, examples=most)
+    ours = OurStep(
+        shape, job["rows"], job["length"], job["dtype"], remat,
+        at_once=at_once, examples=most, scan_layers=job.get("scan_layers", True),
+    )  # fmt: skip
     if ours.compiled is None:
         raise MemoryError("the compiled step does not fit the device")
     step = ours.starter(random_base(shape, job["dtype"]))
@@ -53,6 +56,7 @@ def build(job: dict[str, Any]) -> Side:
     memory: Any = ours.compiled.memory_analysis()
     facts = {
         "remat": ours.remat,
+        "scan_layers": ours.config.model.scan_layers,
         "device": jax.devices()[0].device_kind,
         "temporaries": memory.temp_size_in_bytes if memory else None,
     }

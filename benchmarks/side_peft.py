@@ -4,6 +4,8 @@ As TRL's trainer does it with `bf16=True`: the base in bfloat16, the adapter in 
 AdamW, clipping by global norm, each batch padded to its longest conversation.
 """
 
+import gc
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +19,24 @@ from benchmarks.shapes import ALPHA, CLIP_NORM, LEARNING_RATE, RANK, SHAPES, WEI
 
 
 def build(job: dict[str, Any]) -> Side:
+    side = built(job)
+    if job["remat"] == "full" or not torch.cuda.is_available():
+        return side
+    try:
+        side.run()
+        return side
+    except torch.OutOfMemoryError as error:
+        print(f"without computing layers again: {error}", file=sys.stderr)
+    del side
+    gc.collect()
+    torch.compiler.reset()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return built(job | {"remat": "full"})
+
+
+def built(job: dict[str, Any]) -> Side:
+    """The model, and a round of its steps."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = adapted(job, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -49,7 +69,8 @@ def build(job: dict[str, Any]) -> Side:
         return torch.cuda.max_memory_allocated() if device == "cuda" else None
 
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    return Side(run, device_peak, {"device": name, "threads": torch.get_num_threads()})
+    facts = {"device": name, "threads": torch.get_num_threads(), "remat": job["remat"]}
+    return Side(run, device_peak, facts)
 
 
 def adapted(job: dict[str, Any], device: str) -> Any:

@@ -15,7 +15,9 @@ step with more rows than --at-once, ours computes so many at a time (train.micro
 Each side keeps what it compiled, as its users have it: ours in jaxlora's compilation cache, torch's in its own. What
 compiling leaves in memory is therefore a part of a first run's peaks.
 
-Without remat, ours is what model.remat = "auto" tries first: on a GPU, and on a CPU in bfloat16, "dots".
+Without remat, as little is computed again as each side can do with: ours is what model.remat = "auto" tries first, on a
+GPU, and on a CPU in bfloat16, "dots"; PEFT's keeps everything, and where a GPU has no room for that, computes every
+layer again (`facts` say so).
 
 It needs torch and peft: pip install torch==2.13.0 peft. Without them ours alone is measured.
 """
@@ -67,6 +69,7 @@ def measure(
             {
                 "shape": shape, "dtype": dtype, "remat": remat, "rows": arguments.rows, "length": arguments.length,
                 "steps": arguments.steps, "at_once": arguments.at_once, "examples": examples, "compile": compiled,
+                "scan_layers": arguments.scan_layers,
             },
         )
         for (name, (module, compiled)), dtype in itertools.product(sides(arguments).items(), arguments.dtypes)
@@ -165,10 +168,11 @@ def summary(found: Mapping[str, Any]) -> dict[str, Any]:
 def tell(title: str, found: Mapping[str, Any], summed: Mapping[str, Any]) -> None:
     print(f"\n{title}")
     report.table(
-        ("", "tokens/s", "peak while timed, GB", "since its start, GB"),
+        ("", "remat", "tokens/s", "peak while timed, GB", "since its start, GB"),
         [
             (
                 name,
+                found[name]["facts"]["remat"],
                 timing.shown(speed, digits=0),
                 f"{found[name]['peak'] / 1e9:.2f}",
                 f"{found[name]['peak_whole'] / 1e9:.2f}",
@@ -246,8 +250,9 @@ def parse() -> Namespace:
         "--remat",
         type=commands.choices(("full", "none")),
         default=["full", "none"],
-        help="whether layers are computed again in the backward pass, on both sides (full,none)",
+        help="what is computed again in the backward pass: every layer, or as little as fits (full,none)",
     )
+    commands.add_scan(parser)
     parser.add_argument(
         "--compile",
         choices=("layers", "whole", "none"),

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import math
 import numbers
+import re
 import shlex
 import types
 import typing
@@ -39,6 +40,15 @@ def optional(allowed: Allowed) -> Allowed:
 def filled(value: str | tuple[str, ...]) -> bool:
     """Whether a name, or every one of a tuple of at least one name, has a visible character."""
     return bool(value) and all(name.strip() for name in ((value,) if isinstance(value, str) else value))
+
+
+def matching(pattern: str) -> Callable[[Any], bool]:
+    """The test whether a string, or every one of a tuple, is what a regular expression says, from end to end."""
+
+    def holds(value: str | tuple[str, ...]) -> bool:
+        return all(re.fullmatch(pattern, text) for text in ((value,) if isinstance(value, str) else value))
+
+    return holds
 
 
 POSITIVE = Allowed("a number above 0", lambda value: value > 0)

@@ -22,11 +22,8 @@ _OPTIONAL_SOURCES = Allowed(
     "a hub id or a path, or a tuple of them, or '' to hold out a part of data.train",
     lambda value: value in ("", ()) or keys.filled(value),
 )
+_ASSIGNMENTS = keys.matching(r"[^=]+=[^=]+")
 _BITS = keys.one_of("none", "int8", "nf4")
-
-
-def _known_init(value: str) -> bool:
-    return re.fullmatch(r"kaiming|pissa(_niter_\d+)?", value) is not None
 
 
 def _compiles(value: str) -> bool:
@@ -41,10 +38,6 @@ def _known_metrics(value: tuple[str, ...]) -> bool:
     return "nll" in value and set(value) <= {*METRICS, *ANSWER_METRICS} and len(set(value)) == len(value)
 
 
-def _assignments(value: tuple[str, ...]) -> bool:
-    return all(re.fullmatch(r"[^=]+=[^=]+", entry) for entry in value)
-
-
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Section):
     path: str = setting(keys.REQUIRED, "Hugging Face id or local folder of the base", keys.FILLED)
@@ -56,6 +49,9 @@ class ModelConfig(Section):
         "full",
         "what the backward pass computes again (docs/attention.md); 'auto' is the fastest that fits",
         keys.one_of("none", "dots", "full", "offload", "auto"),
+    )
+    scan_layers: bool = setting(
+        True, "one program for all layers; False is faster on a GPU, and compiles for longer", keys.SWITCH
     )
     attention: str = setting(
         "auto",
@@ -88,18 +84,21 @@ class LoraConfig(Section):
     init: str = setting(
         "kaiming",
         "how A and B start: random and 0, or PiSSA's singular vectors, whole or by N rounds of iteration",
-        Allowed("'kaiming', 'pissa' or 'pissa_niter_N' (such as 'pissa_niter_16')", _known_init),
+        Allowed(
+            "'kaiming', 'pissa' or 'pissa_niter_N' (such as 'pissa_niter_16')",
+            keys.matching(r"kaiming|pissa(_niter_\d+)?"),
+        ),
     )
     init_from: str = setting("", "PEFT adapter folder to start from; '' starts by lora.init", keys.TEXT)
     rank_pattern: tuple[str, ...] = setting(
         (),
         "other ranks by module, the first match counts: ('q_proj=64', 'mlp.*=8')",
-        Allowed("a tuple of 'PATTERN=RANK', such as ('q_proj=64', 'mlp.*=8')", _assignments),
+        Allowed("a tuple of 'PATTERN=RANK', such as ('q_proj=64', 'mlp.*=8')", _ASSIGNMENTS),
     )
     dropout_pattern: tuple[str, ...] = setting(
         (),
         "likewise other dropouts: ('down_proj=0.1',)",
-        Allowed("a tuple of 'PATTERN=DROPOUT', such as ('down_proj=0.1',)", _assignments),
+        Allowed("a tuple of 'PATTERN=DROPOUT', such as ('down_proj=0.1',)", _ASSIGNMENTS),
     )
 
 

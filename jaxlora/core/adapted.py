@@ -5,7 +5,8 @@ What the products share is made once: the queries', keys' and values' `x a` are 
 
 Kernels stay apart: laid side by side for one large product they would have to be copied for every layer and pass, which
 costs more than it saves on a CPU (docs/lab-notes.md, 2026-11-27). On a GPU a kernel is laid above its b, and the input
-beside `x a`, where that is less to move than a second result of the products' size (docs/speed.md).
+beside `x a`, where that is less to move than a second result of the products' size; where the input is the larger
+array, a is laid beside the kernel, so that it is read once (docs/speed.md).
 """
 
 from collections.abc import Sequence
@@ -62,11 +63,21 @@ def _adapted(x, kernels, adapters, how):
 
 def _forward(x, kernels, adapters, how):
     product = partial(jnp.einsum, preferred_element_type=how.result)
-    low = product("BTI,IR->BTR", x, _side_by_side(adapters, x.dtype))
-    low = kept_residual(low.astype(x.dtype), "projection")
+    a = _side_by_side(adapters, x.dtype)
     kernels_there = [_plain(kernel, x.dtype) for kernel in kernels]
     bs = [adapter.b.astype(x.dtype) for adapter in adapters]
-    if how.join and _pays(x, sum(b.shape[1] for b in bs)):
+    below = how.join and _pays(x, sum(b.shape[1] for b in bs))
+    first = []
+    if how.join and not below and _spares_a_pass(x, bs[0].shape[1]):
+        # x W and x a as one product over the outputs of both: x, which is the larger array here, is read once.
+        y, low = _parted(
+            product("BTI,IO->BTO", x, jnp.concatenate([kernels_there[0], a], axis=1)), a.shape[1]
+        )
+        first = [y]
+    else:
+        low = product("BTI,IR->BTR", x, a)
+    low = kept_residual(low.astype(x.dtype), "projection")
+    if below:
         # x W + low b as one product over the inputs of both: the sums are made where they are written, once.
         joined, places = jnp.concatenate([x, low], axis=-1), np.cumsum([0, *(b.shape[0] for b in bs)])
         out = [
@@ -74,9 +85,10 @@ def _forward(x, kernels, adapters, how):
             for kernel, b, place in zip(kernels_there, bs, places[:-1], strict=True)
         ]
     else:
+        plainly = first + [product("BTI,IO->BTO", x, kernel) for kernel in kernels_there[len(first) :]]
         out = [
-            product("BTI,IO->BTO", x, kernel) + product("BTR,RO->BTO", part, b)
-            for kernel, b, part in zip(kernels_there, bs, _by_rank(low, adapters), strict=True)
+            y + product("BTR,RO->BTO", part, b)
+            for y, b, part in zip(plainly, bs, _by_rank(low, adapters), strict=True)
         ]
     return out, (x, kernels, adapters, low)
 
@@ -85,19 +97,24 @@ def _backward(how, residuals, cotangents):
     x, kernels, adapters, low = residuals
     product = partial(jnp.einsum, preferred_element_type=how.result)
     cotangents = [cotangent.astype(x.dtype) for cotangent in cotangents]
-    dlow = [
-        product("BTO,RO->BTR", cotangent, adapter.b.astype(x.dtype)).astype(x.dtype)
-        for cotangent, adapter in zip(cotangents, adapters, strict=True)
+    kernels_there, a = [_plain(kernel, x.dtype) for kernel in kernels], _side_by_side(adapters, x.dtype)
+    bs = [adapter.b.astype(x.dtype) for adapter in adapters]
+    beside = how.join and len(kernels) == 1 and _pays(cotangents[0], x.shape[-1])
+    back = [
+        # Each cotangent's two products as one, which reads it once.
+        _parted(product("BTO,IO->BTI", cotangent, jnp.concatenate([kernel, b])), b.shape[0])
+        if how.join and not beside and _spares_a_pass(cotangent, x.shape[-1])
+        else (None, product("BTO,RO->BTR", cotangent, b))
+        for kernel, b, cotangent in zip(kernels_there, bs, cotangents, strict=True)
     ]
-    dlow, a = jnp.concatenate(dlow, axis=-1), _side_by_side(adapters, x.dtype)
-    kernels_there = [_plain(kernel, x.dtype) for kernel in kernels]
-    if how.join and len(kernels) == 1 and _pays(cotangents[0], x.shape[-1]):  # as above
+    dlow = jnp.concatenate([part.astype(x.dtype) for _, part in back], axis=-1)
+    if beside:  # as forward
         joined = jnp.concatenate([*cotangents, dlow], axis=-1)
         dx = product("BTO,IO->BTI", joined, jnp.concatenate([*kernels_there, a], axis=1))
     else:
         dx = product("BTR,IR->BTI", dlow, a)
-        for kernel, cotangent in zip(kernels_there, cotangents, strict=True):
-            dx = dx + product("BTO,IO->BTI", cotangent, kernel)
+        for (part, _), kernel, cotangent in zip(back, kernels_there, cotangents, strict=True):
+            dx = dx + (product("BTO,IO->BTI", cotangent, kernel) if part is None else part)
     da = _by_rank(transposed("BTR,BTI->RI", dlow, x).T, adapters)
     db = [
         _gradient("BTR,BTO->RO", part, cotangent)
@@ -128,6 +145,19 @@ def _pays(x: Float[Array, "B T I"], outputs: int) -> bool:
     """
     tokens, inputs = x.size // x.shape[-1], x.shape[-1]
     return inputs * (outputs + tokens) < tokens * outputs
+
+
+def _spares_a_pass(x: Float[Array, "B T I"], outputs: int) -> bool:
+    """Whether a kernel and an adapter's matrix, copied into one, cost less than to read x twice.
+
+    The copy is read and written; x has a row for each token.
+    """
+    return 2 * outputs < x.size // x.shape[-1]
+
+
+def _parted(x: Float[Array, "B T _"], ranks: int) -> tuple[Float[Array, "B T _"], Float[Array, "B T R"]]:
+    """What a kernel made, and what the adapters' matrices did, of a product of both."""
+    return x[..., :-ranks], x[..., -ranks:]
 
 
 def _below(kernel: Array, b: Array, place: int, rows: int) -> Float[Array, "_ O"]:

@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from datasets import config as datasets_config
 
 from jaxlora.core.allocator import rare_collections
 from jaxlora.core.errors import InputError, LayoutError
@@ -231,7 +230,9 @@ def encoded_chunks(source: Source, encoder: ChatEncoder) -> Iterator[tuple[int, 
 def _cache_folder(cache: Path | str | None) -> Path:
     if cache is not None:
         return Path(cache)
-    return Path(datasets_config.HF_DATASETS_CACHE) / "jaxlora"
+    from datasets import config
+
+    return Path(config.HF_DATASETS_CACHE) / "jaxlora"
 
 
 def _read_cache(path: Path) -> dict[str, np.ndarray] | None:

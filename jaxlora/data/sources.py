@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
-from datasets import Dataset, Features, ReadInstruction, Value, load_dataset
-from datasets.exceptions import DatasetNotFoundError
 
 from jaxlora.core.errors import InputError, LayoutError
 from jaxlora.data.rows import KINDS, OPTIONAL_COLUMNS, Conversation, read_row, recognise
+
+if TYPE_CHECKING:  # pandas and pyarrow come with it: 70 MB, for those who read data
+    from datasets import Dataset
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 JSON_ROW = " the row as JSON"
@@ -41,7 +41,7 @@ class Part:
     """
 
     name: str
-    rows: Dataset
+    rows: "Dataset"
     columns: tuple[str, ...]
     kind: str
 
@@ -227,8 +227,10 @@ def _is_file(name: str) -> bool:
     return path.suffix.lower() in READERS or path.exists() or name.startswith(("/", "./", "../", "~"))
 
 
-def _load_file(path: Path, name: str, split: str) -> tuple[Dataset, tuple[str, ...], str]:
+def _load_file(path: Path, name: str, split: str) -> tuple["Dataset", tuple[str, ...], str]:
     """Reads a local file through datasets, as (rows, the file's columns, the hash of its bytes)."""
+    from datasets import Features, Value, load_dataset
+
     reader = READERS.get(path.suffix.lower())
     if not path.exists():
         raise InputError(f"{name} does not exist; data.train and data.eval take a hub id or an existing file")
@@ -260,12 +262,14 @@ def _load_file(path: Path, name: str, split: str) -> tuple[Dataset, tuple[str, .
     return rows, columns, digest + split.partition("[")[2]
 
 
-def _load_json_rows(path: Path, digest: str, split: str) -> tuple[Dataset, tuple[str, ...]]:
+def _load_json_rows(path: Path, digest: str, split: str) -> tuple["Dataset", tuple[str, ...]]:
     """The rows of a file with tools, each as JSON text, and the columns that any of them has.
 
     In a table, every schema and every call gets the keys of all others, in one order, and numbers are rounded on the
     way: what the template then writes would no longer be what the file says.
     """
+    from datasets import Dataset, Features, ReadInstruction, Value
+
     columns = tuple(dict.fromkeys(key for row in _json_rows(path) for key in row))
     rows = Dataset.from_generator(
         _json_texts,
@@ -350,8 +354,11 @@ def _why_unreadable(path: Path, reader: str, error: Exception) -> str:
     return where + (str(cause).strip() or type(cause).__name__).splitlines()[0]
 
 
-def _load_hub(name: str, split: str) -> tuple[Dataset, tuple[str, ...], str]:
+def _load_hub(name: str, split: str) -> tuple["Dataset", tuple[str, ...], str]:
     """Loads from the hub, or from its cache, as (rows, columns, what datasets derives from the set's revision)."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
     identifier, _, config = name.partition(":")
     try:
         with _quiet_datasets():
@@ -376,6 +383,8 @@ def _load_hub(name: str, split: str) -> tuple[Dataset, tuple[str, ...], str]:
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
     """Keeps the libraries' own bars and log lines off the terminal: what goes wrong is said by our error."""
+    import datasets
+
     bars, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)

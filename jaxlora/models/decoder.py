@@ -7,8 +7,8 @@ be `Quantised`, and is then dequantised inside the scan, for one product at a ti
 which the rows that are looked up are dequantised. With a "cache" collection the same call attends to keys and values of
 earlier tokens too, and leaves those of the new ones in "written".
 
-Layers are stacked on a leading axis and scanned, so compile time and program size do not grow with depth, and each
-is rematerialised by a named policy.
+Layers are stacked on a leading axis and scanned, so compile time and program size do not grow with depth (unless asked
+to be written out, one after the other), and each is rematerialised by a named policy.
 """
 
 from collections.abc import Mapping
@@ -244,6 +244,8 @@ class Decoder(nn.Module):
         activation_sharding: placement of the [B, T, D] residual stream, or None for the compiler's choice.
         attention: how it attends.
         stacked: whether it is applied to several adapters at once, under `jax.vmap`.
+        scanned: one program for all layers, in a loop; False writes it out for each, and what they keep for the
+            backward pass is then not put into arrays of all layers.
     """
 
     spec: DecoderSpec
@@ -252,6 +254,7 @@ class Decoder(nn.Module):
     activation_sharding: jax.sharding.Sharding | None = None
     attention: Attention = Attention()
     stacked: bool = False
+    scanned: bool = True
 
     @nn.compact
     def __call__(
@@ -286,7 +289,8 @@ class Decoder(nn.Module):
         block = (
             Block
             if self.remat == "none"
-            else nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            # A loop's backward pass is another loop; written out, the compiler would see that both make the same.
+            else nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scanned)
         )
         # Joined, a stack's kernels would be copied for each adapter, and those of a mesh put together first.
         join = not self.stacked and self.activation_sharding is None
@@ -297,6 +301,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast,) * 5,  # pyright: ignore[reportArgumentType]  (Flax's annotation forgets it)
             length=self.spec.num_layers,
+            unroll=1 if self.scanned else self.spec.num_layers,
         )(self.spec, self.dtype, self.activation_sharding, self.attention, products, name="layers")
         x = self._look_up(embedding, tokens)
         turned = rotation(positions, self.spec.head_dim, self.spec.rope_theta)

@@ -34,6 +34,7 @@ CASES = {
     "model.quantize_embeddings": ("int8", ["fp4", "", None]),
     "model.remat": ("auto", ["some", True]),
     "model.attention": ("splash", ["flash", True]),
+    "model.scan_layers": (False, [0, "no", None]),
     "lora.rank": (1, [0, -1, 2.0, "8", True]),
     "lora.alpha": (1, [0, -1.0, "16", True, float("nan"), float("inf")]),
     "lora.dropout": (0.5, [1.0, -0.1]),

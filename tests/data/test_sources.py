@@ -3,12 +3,12 @@
 import dataclasses
 import json
 
+import datasets
 import numpy as np
 import pytest
 from datasets import Dataset
 
 from jaxlora.core.errors import InputError
-from jaxlora.data import sources
 from jaxlora.data.sources import load_conversations, split_off_eval
 
 HELLO = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there"}]
@@ -266,7 +266,7 @@ def test_what_the_hub_says_becomes_one_line(error, said, monkeypatch):
     def fail(*_args, **_options):
         raise error
 
-    monkeypatch.setattr(sources, "load_dataset", fail)
+    monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(InputError) as raised:
         load_conversations("owner/set")
     assert said in str(raised.value)
@@ -280,6 +280,6 @@ def test_a_configuration_of_a_hub_set_is_named_after_a_colon(monkeypatch):
         asked.append((args, options))
         return Dataset.from_list([{"text": "one"}])
 
-    monkeypatch.setattr(sources, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset", load)
     assert load_conversations("owner/set:main", "test")[0] == "one"
     assert asked == [(("owner/set", "main"), {"split": "test"})]

@@ -231,8 +231,8 @@ def lower_train(config: Config, model: Model, like: TrainState) -> jax.stages.Lo
 
 def training_decoder(config: Config, model: Model) -> Decoder:
     """The decoder as it is trained: a model.remat that is not "auto" goes before its own."""
-    remat = config.model.remat
-    return model.decoder if remat == "auto" else model.decoder.clone(remat=remat)
+    decoder = model.decoder.clone(scanned=config.model.scan_layers)
+    return decoder if config.model.remat == "auto" else decoder.clone(remat=config.model.remat)
 
 
 def lower_effective(model: Model, like: TrainState, lora: Mapping[str, Any]) -> jax.stages.Lowered:
