@@ -31,20 +31,20 @@ import numpy as np
 
 from benchmarks import commands, report, timing
 from jaxlora.core.compilation import compiler_options
-from jaxlora.training.losses import chunk_for, cross_entropy
+from jaxlora.training.losses import Chunks, chunks_for, cross_entropy
 
 VOCABULARIES = (32_768, 49_152, 151_936)
 
 
 @functools.cache
-def most() -> int:
-    """Tokens in a chunk on the device at hand."""
-    return chunk_for(jax.devices()[0].platform)
+def chunks() -> Chunks:
+    """How the device at hand takes the tokens."""
+    return chunks_for(jax.devices()[0].platform)
 
 
 def in_chunks(one: Callable[[Any, Any], Any], hidden: Any, targets: Any) -> Any:
     """Scans `one(hidden [C, D], targets [C])` over chunks of tokens; stacks what it hands out."""
-    chunk = min(most(), len(hidden))
+    chunk = min(chunks().size, len(hidden))
     pieces = hidden.reshape(-1, chunk, hidden.shape[1]), targets.reshape(-1, chunk)
     return jax.lax.scan(lambda carry, piece: (carry, one(*piece)), None, pieces)[1]
 
@@ -59,7 +59,9 @@ def nll(hidden: Any, head: Any, targets: Any) -> Any:
 
 def chunked(hidden: Any, head: Any, targets: Any) -> Any:
     weights = jnp.ones_like(targets, jnp.float32)[None]
-    return cross_entropy(hidden[None], head, targets[None], weights, chunk=most())
+    return cross_entropy(
+        hidden[None], head, targets[None], weights, chunk=chunks().size, one_pass=chunks().one_pass
+    )
 
 
 def remat(hidden: Any, head: Any, targets: Any) -> Any:
@@ -157,10 +159,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     arguments = parser.parse_args()
     if arguments.toy:
-        arguments.vocabularies, arguments.tokens, arguments.hidden = [300], 2 * most(), 32
-    if arguments.tokens % most():
+        arguments.vocabularies, arguments.tokens, arguments.hidden = [300], 2 * chunks().size, 32
+    if arguments.tokens % chunks().size:
         parser.error(
-            f"--tokens {arguments.tokens} must be a multiple of {most()}, so that all chunks are full"
+            f"--tokens {arguments.tokens} must be a multiple of {chunks().size}, so that all chunks are full"
         )
     told, where = report.Report("loss", arguments), report.device()
     missing = commands.absent(torch="torch==2.13.0", liger_kernel="liger-kernel")

@@ -32,14 +32,28 @@ GPU_CHUNK = 1024
 """On a GPU, which would read the head for longer than it multiplies with it: 623 MB, and an eighth of the reading."""
 
 
-def chunk_for(platform: str, stacked: bool = False) -> int:
-    """Tokens whose logits exist at once.
+class Chunks(NamedTuple):
+    """How a device takes the tokens; made by `chunks_for`.
+
+    Attributes:
+        size: tokens whose logits exist at once.
+        one_pass: whether the largest logit and the sum of the exponentials are found in one pass over a chunk's
+            logits (Milakov and Gimelshein 2018). A GPU reads them from its memory for every pass.
+    """
+
+    size: int = CHUNK
+    one_pass: bool = False
+
+
+def chunks_for(platform: str, stacked: bool = False) -> Chunks:
+    """What suits a platform.
 
     Args:
         platform: as `models.attention.Attention` has it.
-        stacked: whether so many exist for each of several adapters, whose tokens share the head's reading.
+        stacked: whether a chunk exists for each of several adapters, whose tokens share the head's reading.
     """
-    return GPU_CHUNK if platform in GPUS and not stacked else CHUNK
+    gpu = platform in GPUS
+    return Chunks(GPU_CHUNK if gpu and not stacked else CHUNK, one_pass=gpu)
 
 
 class TokenLosses(NamedTuple):
@@ -79,6 +93,7 @@ def cross_entropy(
     label_smoothing: Float[Array, ""] | float = 0.0,
     chunk: int = CHUNK,
     spread: Spread | None = None,
+    one_pass: bool = False,
 ) -> tuple[Float[Array, ""], TokenLosses]:
     """Sum of the weighted, label-smoothed cross-entropy, and each token's plain losses.
 
@@ -95,30 +110,32 @@ def cross_entropy(
         label_smoothing: s in [0, 1), may be traced.
         chunk: tokens whose logits exist at once, for each device.
         spread: where all of that is; None for one device, or to leave it to the compiler.
+        one_pass: as in `Chunks`; not for a spread, whose devices have their own words.
     Returns:
         (objective float32, TokenLosses). Nothing is divided: sums and weights leave here.
     Source: Szegedy et al. 2016, section 7 (label smoothing).
     """
     smoothing = jnp.asarray(label_smoothing, jnp.float32)
-    return _cross_entropy(hidden, unembed, targets, weights.astype(jnp.float32), smoothing, chunk, spread)
+    chunks = Chunks(chunk, one_pass and spread is None)
+    return _cross_entropy(hidden, unembed, targets, weights.astype(jnp.float32), smoothing, chunks, spread)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _cross_entropy(hidden, unembed, targets, weights, smoothing, chunk, spread):
+def _cross_entropy(hidden, unembed, targets, weights, smoothing, chunks, spread):
     objective, losses, _ = _in_chunks(
-        hidden, unembed, targets, weights, smoothing, chunk, spread, with_gradient=False
+        hidden, unembed, targets, weights, smoothing, chunks, spread, with_gradient=False
     )
     return objective, losses
 
 
-def _forward(hidden, unembed, targets, weights, smoothing, chunk, spread):
+def _forward(hidden, unembed, targets, weights, smoothing, chunks, spread):
     objective, losses, gradient = _in_chunks(
-        hidden, unembed, targets, weights, smoothing, chunk, spread, with_gradient=True
+        hidden, unembed, targets, weights, smoothing, chunks, spread, with_gradient=True
     )
     return (objective, losses), gradient
 
 
-def _backward(chunk, spread, gradient, cotangents):
+def _backward(chunks, spread, gradient, cotangents):
     objective_cotangent, _ = cotangents  # the token losses are for reading, not for training
     return (gradient * objective_cotangent).astype(gradient.dtype), None, None, None, None
 
@@ -127,7 +144,7 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def _in_chunks(
-    hidden, unembed, targets, weights, smoothing, chunk: int, spread: Spread | None, with_gradient: bool
+    hidden, unembed, targets, weights, smoothing, chunks: Chunks, spread: Spread | None, with_gradient: bool
 ) -> Any:
     """Scans over time in chunks; returns (objective, TokenLosses, gradient [B, T, D] or None)."""
     head = _head(unembed, hidden, spread)
@@ -139,9 +156,13 @@ def _in_chunks(
     def one(objective, inputs):
         h, y, w = inputs
         logits = _logits(h, head, spread)
-        top = jnp.max(logits, axis=-1)
-        exponentials = jnp.exp(logits - top[..., None])
-        total = jnp.sum(exponentials, axis=-1)
+        if chunks.one_pass:
+            top, total = _top_and_total(logits)
+            exponentials = jnp.exp(logits - top[..., None])
+        else:
+            top = jnp.max(logits, axis=-1)
+            exponentials = jnp.exp(logits - top[..., None])
+            total = jnp.sum(exponentials, axis=-1)
         lse = top + jnp.log(total)
         right = _of_targets(logits, y, spread)
         mean = jnp.sum(h.astype(jnp.float32) * _for_each(mean_row, h), axis=-1)
@@ -162,7 +183,7 @@ def _in_chunks(
         return objective, (losses, gradient.astype(h.dtype))
 
     start = jnp.zeros((), jnp.float32)
-    objective, (losses, gradient) = _over_chunks(one, start, (hidden, targets, weights), chunk, spread)
+    objective, (losses, gradient) = _over_chunks(one, start, (hidden, targets, weights), chunks.size, spread)
     return objective, losses, gradient
 
 
@@ -222,6 +243,19 @@ def _logits(
 ) -> Float[Array, "*N V"]:
     logits = jnp.einsum("...D,VD->...V", h, head, preferred_element_type=jnp.float32)
     return at(logits, spread and spread.logits)
+
+
+def _top_and_total(logits: Float[Array, "*N V"]) -> tuple[Float[Array, "*N"], Float[Array, "*N"]]:
+    """The largest logit m, and the sum of exp(z - m), in one pass (Milakov and Gimelshein 2018, algorithm 3)."""
+
+    def both(one, other):
+        (top, total), (their_top, their_total) = one, other
+        most = jnp.maximum(top, their_top)
+        return most, total * jnp.exp(top - most) + their_total * jnp.exp(their_top - most)
+
+    # Not minus infinity, whose difference to itself is no number.
+    nothing = jnp.finfo(jnp.float32).min, jnp.zeros((), jnp.float32)
+    return jax.lax.reduce((logits, jnp.ones_like(logits)), nothing, both, (logits.ndim - 1,))
 
 
 def _of_targets(

@@ -13,7 +13,7 @@ from jaxlora.lora import variants
 from jaxlora.models.decoder import Decoder, unembedding
 from jaxlora.parallel.sharding import head_spread
 from jaxlora.training import spikes
-from jaxlora.training.losses import TokenMetrics, chunk_for, cross_entropy, token_metrics
+from jaxlora.training.losses import TokenMetrics, chunks_for, cross_entropy, token_metrics
 from jaxlora.training.optimizer import learning_rate, optimizer
 from jaxlora.training.state import TrainState
 
@@ -71,6 +71,7 @@ def make_train_step(decoder: Decoder, dropout: bool = False) -> Callable[..., tu
     """
 
     spread = head_spread(decoder.activation_sharding, decoder.spec.vocab_size)
+    chunks = chunks_for(decoder.attention.platform, decoder.stacked)
 
     def objective(adapter, base, anchor, norms, settings, key, rows: Batch):
         lora = variants.applied(adapter, settings.lora_scale, anchor, norms)
@@ -88,8 +89,9 @@ def make_train_step(decoder: Decoder, dropout: bool = False) -> Callable[..., tu
             rows["targets"],
             rows["weights"],
             settings.label_smoothing,
-            chunk_for(decoder.attention.platform, decoder.stacked),
+            chunks.size,
             spread,
+            chunks.one_pass,
         )
         trained = jnp.maximum(jnp.sum(rows["weights"], axis=-1), 1.0)
         by_row = jnp.sum(losses.nll, axis=-1) / trained
@@ -164,7 +166,7 @@ def make_eval_step(decoder: Decoder) -> Callable[..., TokenMetrics]:
         hidden: Any = decoder.apply(
             {"params": base, "lora": lora}, batch["tokens"], batch["positions"], batch["segments"]
         )
-        chunk = chunk_for(decoder.attention.platform, decoder.stacked)
+        chunk = chunks_for(decoder.attention.platform, decoder.stacked).size
         return token_metrics(hidden, unembedding(base), batch["targets"], batch["weights"], chunk, spread)
 
     return evaluate

@@ -38,9 +38,10 @@ def dense(hidden, unembed, targets, weights, smoothing):
     ("rows", "time", "chunk"), [(1, 1, 8), (3, 11, 1000), (2, 12, 8), (3, 11, 7), (4, 5, 2)]
 )
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_chunked_is_dense(rows, time, chunk, smoothing):
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_chunked_is_dense(rows, time, chunk, smoothing, one_pass):
     hidden, unembed, targets, weights = problem(rows, time)
-    run = functools.partial(cross_entropy, chunk=chunk)
+    run = functools.partial(cross_entropy, chunk=chunk, one_pass=one_pass)
     (objective, losses), gradient = jax.value_and_grad(run, has_aux=True)(
         hidden, unembed, targets, weights, smoothing
     )
@@ -50,6 +51,23 @@ def test_chunked_is_dense(rows, time, chunk, smoothing):
     np.testing.assert_allclose(losses.nll, nll, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(losses.correct, correct)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_one_pass_finds_what_two_find(scale):
+    """However far apart logits lie."""
+    logits = scale * jax.random.normal(jax.random.key(3), (5, 4001))
+    top, total = jax.jit(losses_module._top_and_total)(logits)
+    np.testing.assert_array_equal(top, logits.max(axis=-1))
+    exact = np.sum(np.exp(np.asarray(logits, np.float64) - np.asarray(top, np.float64)[:, None]), axis=-1)
+    bound = logits.shape[-1] * np.finfo(np.float32).eps  # of a sum of positive numbers in any order
+    np.testing.assert_allclose(total, exact, rtol=bound)
+
+
+def test_a_gpu_alone_takes_one_pass():
+    assert [losses_module.chunks_for(platform).one_pass for platform in ("cpu", "tpu", "gpu", "cuda")] == [
+        False, False, True, True,
+    ]  # fmt: skip
 
 
 def test_without_a_gradient_it_is_the_same():
