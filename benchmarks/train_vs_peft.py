@@ -56,6 +56,10 @@ def sides(arguments: Namespace) -> dict[str, tuple[str, str]]:
     # Padded batches differ in length: compiled, each length would be compiled anew.
     if arguments.compile != "none" and not arguments.conversations:
         found["PEFT, compiled"] = ("benchmarks.side_peft", arguments.compile)
+    if "PEFT" not in arguments.sides:
+        del found["PEFT"]
+    if "compiled" not in arguments.sides:
+        found.pop("PEFT, compiled", None)
     return found
 
 
@@ -100,6 +104,7 @@ def measure(
                     fail(name, made)
                 else:
                     living[name], found[name]["facts"] = made, made.facts
+                    jobs[name][1]["remat"] = made.facts["remat"]  # what fits need not be found again
 
     def end(name: str) -> None:
         for key, peak in living.pop(name).end().items():
@@ -258,6 +263,12 @@ def parse() -> Namespace:
         choices=("layers", "whole", "none"),
         default="layers",
         help="what torch.compile is given: each layer and the loss, the whole model (minutes more), nothing (layers)",
+    )
+    parser.add_argument(
+        "--sides",
+        type=commands.choices(("PEFT", "compiled")),
+        default=["PEFT", "compiled"],
+        help="which of PEFT's are measured beside ours (PEFT,compiled)",
     )
     parser.add_argument(
         "--apart",
