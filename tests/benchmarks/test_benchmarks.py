@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks import commands, data, report, side_jaxlora, timing, train_vs_peft
-from benchmarks.children import Child, SideError
-from benchmarks.ours import OurStep, filled
+from benchmarks.children import Child, Side, SideError
+from benchmarks.ours import OurStep, filled, random_base
 from benchmarks.shapes import SHAPES, spec
 from benchmarks.traffic import moved
 from jaxlora.config.build import programs
@@ -147,6 +147,42 @@ def test_both_sides_have_one_shape(shape):
     np.testing.assert_allclose(
         frequencies, SHAPES[shape]["rope_theta"] ** (-np.arange(0, head, 2) / head), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_layers_that_are_written_out_take_the_same_steps(remat):
+    shape = spec("toy")
+
+    def losses(scan_layers):
+        ours = OurStep(shape, 2, 16, "float32", remat, scan_layers=scan_layers)
+        assert ("while" in ours.compiled.as_text()) == scan_layers  # one chunk, one micro-batch: no other loop
+        step, batch = ours.starter(random_base(shape, "float32")), ours.put(filled(2, 16, shape.vocab_size))
+        return [float(step(batch).nll) for _ in range(4)]
+
+    written, scanned = losses(False), losses(True)
+    np.testing.assert_allclose(written, scanned, rtol=1e-6)
+    assert written[-1] < 0.999 * written[0]
+
+
+def test_a_card_without_room_has_every_layer_computed_again(monkeypatch):
+    peft = pytest.importorskip("benchmarks.side_peft")
+    asked = []
+
+    def built(job):
+        def run():
+            asked.append(job["remat"])
+            if job["remat"] == "none":
+                raise peft.torch.OutOfMemoryError("no room")
+            return 1
+
+        return Side(run, lambda: None, {"remat": job["remat"]})
+
+    monkeypatch.setattr(peft, "built", built)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(peft.torch.cuda, name, lambda: None)
+    monkeypatch.setattr(peft.torch.cuda, "is_available", lambda: True)
+    assert peft.build(JOB).facts == {"remat": "full"}
+    assert asked == ["none"]
 
 
 def test_a_side_that_fails_says_why():

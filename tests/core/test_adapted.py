@@ -122,14 +122,23 @@ def test_a_gpus_products_are_the_formulas(outputs, kind, length):
 
 def results(compute, x, kernels, lows):
     """The sizes of the products that a traced gradient makes, and the dtypes that they are handed out in."""
-    traced = jax.make_jaxpr(partial(gradients, compute))(x, kernels, lows).jaxpr
-    return [(out.aval.size, str(out.aval.dtype)) for out in products_in(traced)]
+    made = traced_products(compute, x, kernels, lows)
+    return [(one.outvars[0].aval.size, str(one.outvars[0].aval.dtype)) for one in made]
+
+
+def traced_products(compute, x, kernels, lows):
+    """The products of a traced gradient with respect to the input and the adapters: kernels are frozen."""
+
+    def trained(x, lows):
+        return gradients(compute, x, kernels, lows)[::2]
+
+    return list(products_in(jax.make_jaxpr(trained)(x, lows).jaxpr))
 
 
 def products_in(jaxpr):
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
-            yield equation.outvars[0]
+            yield equation
         for inner in jaxprs_in_params(equation.params):
             yield from products_in(getattr(inner, "jaxpr", inner))
 
@@ -147,6 +156,21 @@ def test_a_gpu_writes_no_wide_result_in_float32_and_none_for_an_adapter_alone():
     # What is trained has its gradient in float32 everywhere.
     for made in (on_cpu, on_gpu):
         assert {(16 * RANKS[0], "float32"), (RANKS[0] * wide[0], "float32")} <= set(made)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(1024, 16), (16, 1024)], ids=["forward", "backward"])
+def test_a_gpu_reads_what_is_wide_once_in_each_direction(inputs, outputs):
+    """A wide input for x W and x a together, a wide cotangent for its products with W and b; and for a gradient."""
+    given = drawn(jnp.bfloat16, inputs, (outputs,), length=64)
+    size = 2 * 64 * 1024
+
+    def reads(platform):
+        made = traced_products(partial(adapted, how=products_of(platform, jnp.bfloat16)), *given)
+        # Without the gradients of A and B, which sum over the tokens and have a place of their own.
+        made = [one for one in made if one.outvars[0].aval.shape[:2] == (2, 64)]
+        return sum(operand.aval.size >= size for one in made for operand in one.invars)
+
+    assert (reads("cpu"), reads("gpu")) == (2, 1)
 
 
 @pytest.mark.parametrize(("length", "copied"), [(1, False), (64, True)])

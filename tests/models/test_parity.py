@@ -128,14 +128,15 @@ def test_a_packed_row_equals_its_examples_alone(variant, tmp_path):
     np.testing.assert_allclose(packed[0, 8:15], alone[1, :7], atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full", "offload"])
-def test_rematerialisation_changes_neither_values_nor_gradients(remat, tmp_path):
+@pytest.mark.parametrize("scanned", [True, False])
+@pytest.mark.parametrize("remat", ["none", "dots", "full", "offload"])
+def test_rematerialisation_and_loops_change_neither_values_nor_gradients(remat, scanned, tmp_path):
     make_model("qwen2, 2:1", tmp_path)
     _, params, spec = load(tmp_path)
     batch = jax.tree.map(jnp.asarray, rows([LENGTH, SHORT], spec.vocab_size))
 
-    def value_and_gradient(remat):
-        decoder = Decoder(spec, dtype=jnp.float32, remat=remat)
+    def value_and_gradient(remat, scanned):
+        decoder = Decoder(spec, dtype=jnp.float32, remat=remat, scanned=scanned)
 
         def loss(params):
             hidden = decoder.apply({"params": params}, *batch)
@@ -145,10 +146,26 @@ def test_rematerialisation_changes_neither_values_nor_gradients(remat, tmp_path)
         # Added up here: float32 loses more of this sum of terms of either sign than what is looked for.
         return np.sum(np.sin(np.asarray(hidden, np.float64))), gradient
 
-    value, gradient = value_and_gradient(remat)
-    plain_value, plain_gradient = value_and_gradient("none")
+    value, gradient = value_and_gradient(remat, scanned)
+    plain_value, plain_gradient = value_and_gradient("none", True)
     np.testing.assert_allclose(value, plain_value, rtol=1e-6)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), gradient, plain_gradient)
+
+
+def test_layers_that_are_written_out_are_computed_again_all_the_same(tmp_path):
+    """The compiler would otherwise see that the backward pass makes what the forward pass made, and keep it."""
+    make_model("qwen2, 2:1", tmp_path)
+    _, params, spec = load(tmp_path)
+    batch = jax.tree.map(jnp.asarray, rows([128] * 16, spec.vocab_size))
+
+    def temporaries(remat):
+        decoder = Decoder(spec, dtype=jnp.float32, remat=remat, scanned=False)
+        step = jax.jit(jax.grad(lambda params: jnp.sum(decoder.apply({"params": params}, *batch))))
+        compiled = step.lower(params).compile()
+        assert "while" not in compiled.as_text()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries("full") < 0.7 * temporaries("none")
 
 
 def test_nothing_after_a_token_and_no_padding_reaches_it(tmp_path):

@@ -116,7 +116,7 @@ def model(config: Config, weights: bool = True, devices: Sequence[Any] | None = 
         devices: of the mesh; None for those at hand.
     Raises:
         InputError: no such model, one that the decoder cannot compute, a mesh that does not fit the devices, rows
-            longer than the model's positions, or a model.remat that the devices do not have.
+            longer than the model's positions, or a model.remat or model.scan_layers that the devices cannot have.
     """
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     mesh = make_mesh(sizes, jax.devices() if devices is None else devices, config.mesh.trial)
@@ -124,6 +124,12 @@ def model(config: Config, weights: bool = True, devices: Sequence[Any] | None = 
         raise InputError(
             "model.remat = 'offload' keeps what layers are given in the host's memory, which is a CPU's own: it would "
             "save nothing here.\nSet --config.model.remat=full."
+        )
+    if not config.model.scan_layers and mesh.size > 1:
+        raise InputError(
+            "model.scan_layers = False writes layers out, and nothing would keep their kernels from being put together "
+            f"all at once on each of the mesh's {mesh.size} devices.\nSet --config.model.scan_layers=true, or "
+            "let the mesh be one device."
         )
     found = find(config.model, mesh, weights)
     check_positions(config, found.spec.max_position_embeddings)
