@@ -155,7 +155,9 @@ def test_layers_that_are_written_out_take_the_same_steps(remat):
 
     def losses(scan_layers):
         ours = OurStep(shape, 2, 16, "float32", remat, scan_layers=scan_layers)
-        assert ("while" in ours.compiled.as_text()) == scan_layers  # one chunk, one micro-batch: no other loop
+        assert (
+            "while" in ours.compiled.as_text()
+        ) == scan_layers  # one chunk, one micro-batch: no other loop
         step, batch = ours.starter(random_base(shape, "float32")), ours.put(filled(2, 16, shape.vocab_size))
         return [float(step(batch).nll) for _ in range(4)]
 

@@ -129,7 +129,9 @@ def test_offload_is_refused_where_the_hosts_memory_is_the_devices_own():
 def test_layers_are_not_written_out_for_several_devices():
     model = {"path": "x", "scan_layers": False}
     config = Config.from_dict({"model": model, "data": {"train": "x"}, "mesh": {"fsdp": 4}})
-    with pytest.raises(InputError, match=r"model.scan_layers = False .* 4 devices.\nSet --config.model.scan_layers=true"):
+    with pytest.raises(
+        InputError, match=r"model.scan_layers = False .* 4 devices.\nSet --config.model.scan_layers=true"
+    ):
         inputs.model(config, devices=jax.devices()[:4])
 
 
