@@ -29,9 +29,9 @@ CHUNK = 128
 each of them."""
 
 CHUNKS = {"gpu": 1024, "cuda": 1024, "tpu": 512}
-"""On accelerators, which would read the head for longer than they multiply with it: each chunk reads it twice and makes 4
-operations of a number of two bytes for each token, so that a device of F operations and B bytes a second has to take F / B
-tokens at the least: 240 on a TPU v5e, 300 on an H100. 512 x 151,936 are 311 MB."""
+"""On accelerators, which would read the head for longer than they multiply with it. A chunk reads it twice, and makes
+two operations for each token and byte that it reads: a device of F operations and B bytes a second wants F / B tokens
+or more (240 on a TPU v5e, 300 on an H100). 512 x 151,936 are 311 MB."""
 
 
 class Chunks(NamedTuple):
