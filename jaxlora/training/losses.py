@@ -47,14 +47,16 @@ class Chunks(NamedTuple):
     one_pass: bool = False
 
 
-def chunks_for(platform: str, stacked: bool = False) -> Chunks:
+def chunks_for(platform: str, stacked: bool = False, evaluating: bool = False) -> Chunks:
     """What suits a platform.
 
     Args:
         platform: as `models.attention.Attention` has it.
         stacked: whether a chunk exists for each of several adapters, whose tokens share the head's reading.
+        evaluating: whether `token_metrics` are made of it, for which a TPU's compiler has several arrays of its size.
     """
-    return Chunks(CHUNK if stacked else CHUNKS.get(platform, CHUNK), one_pass=platform in GPUS)
+    small = stacked or (evaluating and platform == "tpu")
+    return Chunks(CHUNK if small else CHUNKS.get(platform, CHUNK), one_pass=platform in GPUS)
 
 
 class TokenLosses(NamedTuple):

@@ -166,7 +166,7 @@ def make_eval_step(decoder: Decoder) -> Callable[..., TokenMetrics]:
         hidden: Any = decoder.apply(
             {"params": base, "lora": lora}, batch["tokens"], batch["positions"], batch["segments"]
         )
-        chunk = chunks_for(decoder.attention.platform, decoder.stacked).size
+        chunk = chunks_for(decoder.attention.platform, decoder.stacked, evaluating=True).size
         return token_metrics(hidden, unembedding(base), batch["targets"], batch["weights"], chunk, spread)
 
     return evaluate
