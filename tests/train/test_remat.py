@@ -132,7 +132,7 @@ def test_layers_are_not_written_out_for_several_devices():
     with pytest.raises(
         InputError, match=r"model.scan_layers = False .* 4 devices.\nSet --config.model.scan_layers=true"
     ):
-        inputs.model(config, devices=jax.devices()[:4])
+        inputs.model(config, devices=jax.local_devices()[:4])
 
 
 @pytest.mark.parametrize(
