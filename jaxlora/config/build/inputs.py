@@ -129,7 +129,7 @@ def model(config: Config, weights: bool = True, devices: Sequence[Any] | None = 
         raise InputError(
             "model.scan_layers = False writes layers out, and nothing would keep their kernels from being put together "
             f"all at once on each of the mesh's {mesh.size} devices.\nSet --config.model.scan_layers=true, or "
-            "let the mesh be one device."
+            "show the run one of them (CUDA_VISIBLE_DEVICES=0)."
         )
     found = find(config.model, mesh, weights)
     check_positions(config, found.spec.max_position_embeddings)
