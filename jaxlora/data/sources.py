@@ -17,7 +17,7 @@ import numpy as np
 from jaxlora.core.errors import InputError, LayoutError
 from jaxlora.data.rows import KINDS, OPTIONAL_COLUMNS, Conversation, read_row, recognise
 
-if TYPE_CHECKING:  # pandas and pyarrow come with it: 70 MB, for those who read data
+if TYPE_CHECKING:  # pandas and pyarrow come with it: 88 MB, for those who read data
     from datasets import Dataset
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
