@@ -27,7 +27,7 @@ from jaxlora.core.imports import without_torch
 def child(arguments: Namespace) -> None:
     """One pass over the data; prints seconds by part, and what came of it."""
     with without_torch():  # as every command does
-        import datasets  # noqa: F401
+        import datasets  # noqa: F401  (an import that is not to be timed)
 
         from jaxlora.data.batches import Batches, prepare
         from jaxlora.data.chat import ChatEncoder, load_tokenizer

@@ -5,7 +5,7 @@
 
 The sides, in turn in one process, each compiled, each handing out the loss and its gradient in the hidden states:
 
-    chunked   ours: chunks of 128 tokens (on a GPU 1024), the gradient made in the pass that makes the loss
+    chunked   ours: chunks of 128 tokens (GPU 1024, TPU 512), the gradient made in the pass that makes the loss
     remat     the same chunks under jax.checkpoint: the backward pass makes their logits a second time
     dense     all logits at once in float32, and autodiff
     Liger     its fused loss, on a GPU where it is installed: pip install liger-kernel torch==2.13.0

@@ -159,13 +159,9 @@ def _in_chunks(
     def one(objective, inputs):
         h, y, w = inputs
         logits = _logits(h, head, spread)
-        if chunks.one_pass:
-            top, total = _top_and_total(logits)
-            exponentials = jnp.exp(logits - top[..., None])
-        else:
-            top = jnp.max(logits, axis=-1)
-            exponentials = jnp.exp(logits - top[..., None])
-            total = jnp.sum(exponentials, axis=-1)
+        top, total = _top_and_total(logits) if chunks.one_pass else (jnp.max(logits, axis=-1), None)
+        exponentials = jnp.exp(logits - top[..., None])
+        total = jnp.sum(exponentials, axis=-1) if total is None else total
         lse = top + jnp.log(total)
         right = _of_targets(logits, y, spread)
         mean = jnp.sum(h.astype(jnp.float32) * _for_each(mean_row, h), axis=-1)

@@ -64,10 +64,20 @@ def test_one_pass_finds_what_two_find(scale):
     np.testing.assert_allclose(total, exact, rtol=bound)
 
 
-def test_a_gpu_alone_takes_one_pass():
-    assert [losses_module.chunks_for(platform).one_pass for platform in ("cpu", "tpu", "gpu", "cuda")] == [
-        False, False, True, True,
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("platform", "training", "evaluating", "one_pass"),
+    [
+        ("cpu", 128, 128, False),
+        ("tpu", 512, 128, False),
+        ("gpu", 1024, 1024, True),
+        ("cuda", 1024, 1024, True),
+    ],
+)
+def test_each_platform_takes_its_own_chunks(platform, training, evaluating, one_pass):
+    assert losses_module.chunks_for(platform) == (training, one_pass)
+    assert losses_module.chunks_for(platform, evaluating=True).size == evaluating
+    for alone in (False, True):  # several adapters share what is read
+        assert losses_module.chunks_for(platform, stacked=True, evaluating=alone).size == CHUNK
 
 
 def test_without_a_gradient_it_is_the_same():

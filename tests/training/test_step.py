@@ -244,4 +244,6 @@ def test_a_gpu_joins_an_adapter_to_its_kernel_unless_there_are_several_or_severa
     on_mesh = sharding.activation_sharding(make_mesh((1, 1, 1), jax.devices()[:1]))
     assert joined not in text(on_gpu.clone(activation_sharding=on_mesh))
     assert f"[256,{spec.vocab_size}]" in text(on_gpu)
+    # The largest logit and the sum together: a reduction of pairs.
+    assert (" reduce[" in text(on_gpu), " reduce[" in text(tiny.decoder)) == (True, False)
     assert f"[{CHUNK},{spec.vocab_size}]" in text(on_gpu.clone(stacked=True))
