@@ -1,6 +1,6 @@
 """Grouped-query attention over packed, padded and cached keys: one function, several ways to compute it.
 
-    plain      the formula, with all scores [B, H, T, S] in memory
+    plain      the formula, with all scores [B, H, T, S] in memory (`plain.py`)
     blockwise  the same in blocks, linear in T (`blockwise.py`); XLA, on any platform
     sparse     the blocks alone that a row's examples need, one after the other (`sparse.py`); XLA, for CPUs
     splash     a Pallas kernel for TPUs (`kernels.py`)
@@ -12,15 +12,15 @@ Which one when, and why, is in docs/attention.md.
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from jaxlora.core.products import contract, transposed
 from jaxlora.models.blockwise import blockwise
 from jaxlora.models.kernels import kernel
-from jaxlora.models.places import MASKED, Places, visible
+from jaxlora.models.places import Places, visible
+from jaxlora.models.plain import plain
+from jaxlora.models.sparse import BLOCK
 
 LONG = 2048
 """From T S = LONG^2 on, XLA attends in blocks: see the memory of both in docs/attention.md."""
@@ -28,8 +28,8 @@ LONG = 2048
 KERNEL_FROM = 512
 """Tokens in a row from which on a kernel of the platform's own is used, where there is one."""
 
-SPARSE_FROM = 256
-"""Tokens in a row from which on a CPU computes what the row's examples need alone."""
+SPARSE_FROM = BLOCK + 1
+"""Tokens in a row from which on a CPU leaves out scores: more than a block of `sparse.py`."""
 
 MASK_UP_TO = 8192
 """The longest row for which cuDNN's mask, 2 T^2 bytes a row, is worth its memory. Where `stretches` are known there is
@@ -118,58 +118,12 @@ def attention(
     """
     kind = how.chosen(q.shape[1], k.shape[1], keys is None, q.shape[-1], q.dtype)
     if kind == "plain":
-        return plain(q, k, v, visible(*queries, *(queries if keys is None else keys), window))
+        mask = visible(*queries, *(queries if keys is None else keys), window)
+        return plain(q, k, v, mask).astype(jnp.float32)
     if kind == "blockwise":
         return blockwise(q, k, v, queries, keys, window).astype(jnp.float32)
     compute = kernel(kind, window, how.sharding, how.interpret, how.stretches)
     return compute(q, k, v, queries.segments).astype(jnp.float32)
-
-
-def plain(
-    q: Float[Array, "B T H h"],
-    k: Float[Array, "B S K h"],
-    v: Float[Array, "B S K h"],
-    mask: Bool[Array, "B T S"],
-) -> Float[Array, "B T H h"]:
-    """The formula, term by term; all scores are in memory at once.
-
-    Returns:
-        float32 [B, T, H, h]. Queries that see no key (padding) return the mean of v.
-    """
-    batch, time, heads, width = q.shape
-    grouped = q.reshape(batch, time, k.shape[2], -1, width).transpose(0, 2, 3, 1, 4)
-    out: Any = _plain(grouped, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, None, None, :, :])
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, width)
-
-
-@jax.custom_vjp
-def _plain(q, k, v, mask):
-    """q [B, K, G, T, h], k and v [B, K, S, h], mask [B, 1, 1, T, S]: heads before time, as scores have them."""
-    return _plain_forward(q, k, v, mask)[0]
-
-
-def _plain_forward(q, k, v, mask):
-    scores = contract("BKGTh,BKSh->BKGTS", q, k) * q.shape[-1] ** -0.5
-    scores = jnp.where(mask, scores, MASKED)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)).astype(v.dtype)
-    total = jnp.sum(weights, axis=-1, dtype=jnp.float32)
-    # Divided here, and not in the weights, of which there are S for each of the h of these.
-    out = contract("BKGTS,BKSh->BKGTh", weights, v) / total[..., None]
-    return out, (q, k, v, mask, out, weights, total)
-
-
-def _plain_backward(residuals, cotangent):
-    q, k, v, mask, out, weights, total = residuals
-    slope = (cotangent / total[..., None]).astype(q.dtype)
-    inner = jnp.sum(out * slope, axis=-1)
-    dweights = contract("BKGTh,BKSh->BKGTS", slope, v) - inner[..., None]
-    dscores = jnp.where(mask, weights * dweights * q.shape[-1] ** -0.5, 0.0).astype(q.dtype)
-    dq = contract("BKGTS,BKSh->BKGTh", dscores, k)
-    dk, dv = transposed("BKGTh,BKGTS->BKhS", q, dscores), transposed("BKGTh,BKGTS->BKhS", slope, weights)
-    return dq.astype(q.dtype), dk.swapaxes(2, 3).astype(k.dtype), dv.swapaxes(2, 3).astype(v.dtype), None
-
-
-_plain.defvjp(_plain_forward, _plain_backward)
 
 
 class Rotation(NamedTuple):

@@ -8,6 +8,9 @@ its softmax's denominator, from which the weights are computed again (Dao et al.
 
 Rows and blocks go one after the other: right for a few cores, whose caches a block's scores fit, wrong for a chip that
 wants all the work at once.
+
+Rows of no more than two blocks leave little to find out: one block of four lies in the future, whatever the examples
+are. There the formula is applied to each block of queries of all rows at once, and to the keys up to it.
 """
 
 from collections.abc import Callable
@@ -22,9 +25,13 @@ from jaxlora.core.kept import bits, floats, kept_residual
 from jaxlora.core.products import contract, transposed
 from jaxlora.models.blockwise import pad_time
 from jaxlora.models.places import MASKED
+from jaxlora.models.plain import plain
 
 BLOCK = 128
 """Queries in a block, and the unit in which its keys are counted: 256 took longer, 64 no less (docs/lab-notes.md)."""
+
+_FEW = 2
+"""Blocks up to which a row has too few for branches to pay: at three they do (docs/lab-notes.md, 2026-11-28)."""
 
 
 def sparse(
@@ -46,9 +53,35 @@ def sparse(
         In q's dtype; something finite for padding.
     """
     time, block = q.shape[1], min(block, q.shape[1])
+    if time <= _FEW * block:
+        return _up_to_own(q, k, v, segments, window, block)
     q, k, v, segments = (pad_time(x, block) for x in (q, k, v, segments))
     out: Any = _attend(window, block, q, k, v, segments)
     return out[:, :time]
+
+
+def _up_to_own(q, k, v, segments, window, block):
+    """Each block of queries with all keys up to its last one, in the order of the row."""
+    found = []
+    for start in range(0, q.shape[1], block):
+        end = min(start + block, q.shape[1])
+        mask = _seen(segments[:, start:end], segments[:, :end], start, window)
+        found.append(plain(q[:, start:end], k[:, :end], v[:, :end], mask))
+    return jnp.concatenate(found, axis=1)
+
+
+def _seen(
+    of_queries: Int[Array, "*B T"], of_keys: Int[Array, "*B S"], ahead: Any, window: int | None
+) -> Bool[Array, "*B T S"]:
+    """Which keys each query sees.
+
+    Args:
+        of_queries, of_keys: their segments. ahead: how many indices the first query is after the first key.
+    """
+    distance = ahead + jnp.arange(of_queries.shape[-1])[:, None] - jnp.arange(of_keys.shape[-1])[None, :]
+    near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    same = of_queries[..., :, None] == of_keys[..., None, :]
+    return same & jnp.broadcast_to(near, same.shape)
 
 
 def _counts(blocks: int) -> list[int]:
@@ -97,10 +130,7 @@ def _near(i, count: int, block: int, window: int | None, queries: Array, k: Arra
 
     keys, values = (floats(cut(x, start, count * block, 1), queries.dtype) for x in (k, v))
     of_queries, of_keys = cut(segments, i * block, block, 0), cut(segments, start, count * block, 0)
-    distance = (i * block + jnp.arange(block))[:, None] - (start + jnp.arange(count * block))[None, :]
-    mask = (of_queries[:, None] == of_keys[None, :]) & (distance >= 0)
-    if window is not None:
-        mask &= distance < window
+    mask = _seen(of_queries, of_keys, i * block - start, window)
     return _Near(start, keys, values, jnp.tile(mask, (queries.shape[1] // block, 1))[None])
 
 

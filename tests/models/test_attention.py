@@ -1,5 +1,6 @@
 """Every way to compute attention gives the plain formula's values and gradients, and none but that one its memory."""
 
+import math
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -78,6 +79,21 @@ def plain_and(places, arrays, window, *others):
     ]
 
 
+def equations(jaxpr: Any, primitive: str) -> Iterator[Any]:
+    """Those of a primitive that are written down in it, within loops and branches too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == primitive:
+            yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(getattr(inner, "jaxpr", inner), primitive)
+
+
+def multiplications(product: Any) -> int:
+    """Of two numbers, in a `dot_general`."""
+    ((contracted, _), _), (x, _) = product.params["dimension_numbers"], product.invars
+    return product.outvars[0].aval.size * math.prod(x.aval.shape[axis] for axis in contracted)
+
+
 @pytest.mark.parametrize(
     ("heads", "window"),
     [
@@ -137,6 +153,28 @@ def test_blocks_of_any_size(block, window):
     ):
         found = values_and_gradients(partial(compute, window=window, block=block), arrays, places)
         assert_same(found, plain, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("time", "window"), [(SPARSE_FROM, None), (200, 137), pytest.param(256, None, marks=pytest.mark.slow)]
+)
+def test_rows_of_two_blocks(time, window):
+    """The last block full and not, examples that end within one, rows that end in padding."""
+    places = packed(2, time, 50, 60, 10)
+    plain, other = plain_and(places, drawn(2, time, (6, 2), 6), window, SPARSE)
+    assert_same(other, plain, 1e-5)
+
+
+def test_rows_of_two_blocks_make_no_scores_of_the_future():
+    """Queries of the first block and keys of the second: a quarter of the products over scores."""
+    q, k, v, _ = drawn(2, 256, (6, 2), 8)
+
+    def flops(kind):
+        run = partial(attention, queries=packed(2, 256, 100, 90), keys=None, window=None, how=Attention(kind))
+        grads = jax.grad(lambda *x: jnp.sum(run(*x)), argnums=(0, 1, 2))
+        return sum(map(multiplications, equations(jax.make_jaxpr(grads)(q, k, v).jaxpr, "dot_general")))
+
+    assert flops("sparse") == 0.75 * flops("plain")
 
 
 def test_keys_of_a_cache_in_blocks():
@@ -202,6 +240,7 @@ def test_bfloat16_is_as_close_as_the_plain_formula():
         ("splash", (2, 2, 2), (4, 2)),
         ("blockwise", (2, 2, 2), (4, 2)),
         ("sparse", (2, 2, 2), (4, 2)),
+        pytest.param("sparse of many blocks", (2, 2, 2), (4, 2), marks=pytest.mark.slow),
         pytest.param("splash", (1, 2, 4), (4, 2), marks=pytest.mark.slow),  # half a key head each
         pytest.param("splash", (1, 4, 2), (3, 1), marks=pytest.mark.slow),  # heads that do not divide
         pytest.param("splash", (8, 1, 1), (2, 1), marks=pytest.mark.slow),
@@ -211,8 +250,10 @@ def test_bfloat16_is_as_close_as_the_plain_formula():
 def test_eight_devices_compute_what_one_does(kind, sizes, heads):
     mesh = make_mesh(sizes, jax.devices())
     placement = attention_sharding(mesh)
-    places = packed(8, 130, 70, 40)
-    arrays = drawn(8, 130, heads, 6)
+    kind, *longer = kind.split(" of ")
+    time = 300 if longer else 130
+    places = packed(8, time, time - 60, 40)
+    arrays = drawn(8, time, heads, 6)
     run = partial(attention, queries=places, keys=None, window=50)
     alone = values_and_gradients(partial(run, how=Attention("plain")), arrays, places)
     fits = [x.shape[2] % mesh.shape["tensor"] == 0 for x in arrays]
@@ -388,30 +429,36 @@ def test_dots_keeps_what_cudnn_hands_out(a_hopper, stretches):
     assert (forward("full"), forward("dots")) == (2, 1)
 
 
-def exponentials(jaxpr: Any) -> Iterator[Any]:
-    """All that are written down in it, within loops and branches too."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "exp":
-            yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from exponentials(getattr(inner, "jaxpr", inner))
+def gradients_with(remat: str, kind: str, time: int, dtype: Any) -> Any:
+    """A layer that is its attention and a matrix, differentiated; without what nobody asks for."""
+    q, k, v, _ = drawn(1, time, (4, 2), 8, dtype)
+    places, weight = packed(1, time, 60, 30), jnp.ones((8, 8), dtype)
+
+    @partial(jax.checkpoint, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    def layer(q, k, v, weight):  # the weight's gradient asks for attention's output
+        out = attention(q, k, v, places, None, None, Attention(kind)).astype(dtype)
+        return jnp.sum((out @ weight).astype(jnp.float32) ** 2)
+
+    traced = jax.make_jaxpr(jax.value_and_grad(layer, argnums=(0, 1, 2, 3)))(q, k, v, weight).jaxpr
+    return partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))[0]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("kind", ["blockwise", "sparse"])
-def test_dots_computes_no_softmax_again_for_what_attention_hands_out(kind, dtype):
-    q, k, v, _ = drawn(1, 128, (4, 2), 8, dtype)
-    places, weight = packed(1, 128, 60, 50), jnp.ones((8, 8), dtype)
+@pytest.mark.parametrize(("kind", "forward", "backward"), [("blockwise", 2, 1), ("sparse", 3, 3)])
+def test_dots_computes_no_softmax_again_for_what_attention_hands_out(kind, forward, backward, dtype):
+    """Three blocks in a row, of whose numbers `sparse` has three branches."""
+    full, dots = (
+        len(list(equations(gradients_with(remat, kind, 300, dtype), "exp"))) for remat in ("full", "dots")
+    )
+    assert (full, dots) == (2 * forward + backward, forward + backward)
 
-    def count(remat):
-        @partial(jax.checkpoint, policy=REMAT_POLICIES[remat], prevent_cse=False)
-        def layer(q, k, v, weight):  # the weight's gradient asks for attention's output
-            out = attention(q, k, v, places, None, None, Attention(kind)).astype(dtype)
-            return jnp.sum((out @ weight).astype(jnp.float32) ** 2)
 
-        traced = jax.make_jaxpr(jax.value_and_grad(layer, argnums=(0, 1, 2, 3)))(q, k, v, weight).jaxpr
-        traced, _ = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
-        return len(list(exponentials(traced)))
-
-    forward = {"blockwise": 2, "sparse": 1}[kind]
-    assert (count("full"), count("dots")) == (2 * forward + 1, forward + 1)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("kind", "time", "blocks"), [("plain", 100, 1), ("sparse", 200, 2)])
+def test_dots_multiplies_no_values_again_for_what_attention_hands_out(kind, time, blocks, dtype):
+    """The weights are made again, with the scores' product; the product with the values is not."""
+    full, dots = (
+        len(list(equations(gradients_with(remat, kind, time, dtype), "dot_general")))
+        for remat in ("full", "dots")
+    )
+    assert full - dots == blocks
