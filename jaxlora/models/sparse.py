@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlora.core.kept import bits, floats, kept_residual
-from jaxlora.core.products import contract, transposed
+from jaxlora.core.products import contract
 from jaxlora.models.blockwise import pad_time
 from jaxlora.models.places import MASKED
 from jaxlora.models.plain import plain
@@ -164,7 +164,7 @@ def _forward(window, block, q, k, v, segments):
                 weights = jnp.exp(scores - top[..., None]).astype(q.dtype)
                 total = jnp.sum(weights, axis=-1, dtype=jnp.float32)
                 out = contract("KTS,KSh->KTh", weights, near.values)
-                return out / total[..., None], top + jnp.log(total)
+                return bits((out / total[..., None]).astype(q.dtype)), top + jnp.log(total)
 
             return jax.lax.switch(branch, _each(over, len(blocks)))
 
@@ -173,7 +173,7 @@ def _forward(window, block, q, k, v, segments):
 
     out, denominators = jax.lax.map(one_row, (*map(bits, (q, k, v)), segments, branches))
     out, denominators = (
-        kept_residual(out.astype(q.dtype), "attention"),
+        kept_residual(floats(out, q.dtype), "attention"),
         kept_residual(denominators, "attention"),
     )
     return out, (q, k, v, segments, branches, out, denominators)
@@ -188,11 +188,22 @@ def _backward(window, block, residuals, cotangent):
         q_row, k_row, v_row, slope_row, inner_row, segments, denominators, branches = row
         k, v = k_row.swapaxes(0, 1), v_row.swapaxes(0, 1)
         cut = partial(_in_blocks, kv_heads=len(k), block=block)
-        blocks = cut(q_row), cut(slope_row), cut(inner_row[..., None])[..., 0], denominators, branches
+        queries, slopes = cut(q_row), cut(slope_row)
+        # A product over queries wants them last in one operand. Turned where they are used, the compiler would turn the
+        # product instead, into one that its CPU backend has for float32 alone.
+        blocks = (
+            queries,
+            slopes,
+            queries.swapaxes(2, 3),
+            slopes.swapaxes(2, 3),
+            cut(inner_row[..., None])[..., 0],
+            denominators,
+            branches,
+        )
 
         def one_block(sums, inputs):
-            i, here, slope, inner, denominators, branch = inputs
-            here, slope = floats(here, q.dtype), floats(slope, q.dtype)
+            i, *arrays, inner, denominators, branch = inputs
+            here, slope, here_turned, slope_turned = (floats(x, q.dtype) for x in arrays)
 
             def over(count: int, *sums):
                 near = _near(i, count, block, window, here, k, v, segments)
@@ -201,18 +212,18 @@ def _backward(window, block, residuals, cotangent):
                 dweights = contract("KTh,KSh->KTS", slope, near.values) - inner[..., None]
                 dscores = (weights * dweights * here.shape[-1] ** -0.5).astype(q.dtype)
                 new = (
-                    transposed("KTh,KTS->KhS", here, dscores),
-                    transposed("KTh,KTS->KhS", slope, weights),
+                    contract("KhT,KTS->KhS", here_turned, dscores),
+                    contract("KhT,KTS->KhS", slope_turned, weights),
                 )
                 sums = tuple(_added(x, y, near.start) for x, y in zip(sums, new, strict=True))
-                return sums, contract("KTS,KSh->KTh", dscores, near.keys)
+                return sums, bits(contract("KTS,KSh->KTh", dscores, near.keys).astype(q.dtype))
 
             return jax.lax.switch(branch, _each(over, len(blocks[0])), *sums)
 
         zeros = jnp.zeros((k.shape[0], k.shape[2], k.shape[1]), jnp.float32)
         (dk, dv), dq = jax.lax.scan(one_block, (zeros, zeros), (jnp.arange(len(branches)), *blocks))
         dk, dv = (x.astype(q.dtype).transpose(2, 0, 1) for x in (dk, dv))
-        return tuple(map(bits, (_in_a_row(dq.astype(q.dtype), block), dk, dv)))
+        return _in_a_row(dq, block), bits(dk), bits(dv)
 
     rows = *map(bits, (q, k, v, slope)), inner, segments, denominators, branches
     return *(floats(x, q.dtype) for x in jax.lax.map(one_row, rows)), None
