@@ -10,7 +10,8 @@ Rows and blocks go one after the other: right for a few cores, whose caches a bl
 wants all the work at once.
 
 Rows of no more than two blocks leave little to find out: one block of four lies in the future, whatever the examples
-are. There the formula is applied to each block of queries of all rows at once, and to the keys up to it.
+are. There the formula is applied to each block of queries of all rows at once, and to the keys up to it, as long as the
+rows are few enough for a cache, too.
 """
 
 from collections.abc import Callable
@@ -33,6 +34,9 @@ BLOCK = 128
 _FEW = 2
 """Blocks up to which a row has too few for branches to pay: at three they do (docs/lab-notes.md, 2026-11-28)."""
 
+_AT_ONCE = 16 * 2**20
+"""Bytes of float32 scores up to which the rows of a batch go together. With 38 MB they took longer than one by one."""
+
 
 def sparse(
     q: Float[Array, "B T H h"],
@@ -53,7 +57,7 @@ def sparse(
         In q's dtype; something finite for padding.
     """
     time, block = q.shape[1], min(block, q.shape[1])
-    if time <= _FEW * block:
+    if time <= _FEW * block and 4 * q.shape[0] * q.shape[2] * block * time <= _AT_ONCE:
         return _up_to_own(q, k, v, segments, window, block)
     q, k, v, segments = (pad_time(x, block) for x in (q, k, v, segments))
     out: Any = _attend(window, block, q, k, v, segments)

@@ -177,6 +177,21 @@ def test_rows_of_two_blocks_make_no_scores_of_the_future():
     assert flops("sparse") == 0.75 * flops("plain")
 
 
+def test_rows_of_two_blocks_are_computed_together_up_to_a_memory():
+    """64 rows have 34 MB of scores for each of two blocks, which are then never there at once."""
+
+    def temporaries(rows):
+        arrays = [jax.ShapeDtypeStruct((rows, 256, heads, 8), jnp.float32) for heads in (4, 2, 2)]
+        segments = jax.ShapeDtypeStruct((rows, 256), jnp.int32)
+        run = jax.jit(partial(sparse, window=None)).lower(*arrays, segments).compile()
+        return run.memory_analysis().temp_size_in_bytes  # pyright: ignore[reportOptionalMemberAccess]
+
+    few, many = 8, 64
+    scores = 4 * 4 * 128 * 256
+    assert temporaries(few) > few * scores
+    assert temporaries(many) < many * scores / 2
+
+
 def test_keys_of_a_cache_in_blocks():
     """Queries that are the last of the keys, in rows that begin with padding."""
     time, keys, window = 20, 90, 30
