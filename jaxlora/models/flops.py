@@ -75,7 +75,8 @@ def training(spec: DecoderSpec, ranks: Mapping[str, int], rows: int, length: int
     whole_layer = (base - 2.0 * i * o, lora - 2.0 * ranks.get("down_proj", 0) * o, attention)
     again = {
         "none": (0.0, 0.0, 0.0),
-        "dots": (0.0, 0.0, attention),  # the formula's; kinds that keep their output need less of it again
+        # The formula's output is kept: its weights are made again, and are not multiplied with the values.
+        "dots": (0.0, 0.0, attention / 2),
         "full": whole_layer,
         "offload": whole_layer,
     }[remat]
