@@ -164,7 +164,7 @@ class Starter:
         alike += tuple(spec.scales.items()) if init.startswith("pissa") else ()
         if alike not in self._programs:
             placements = jax.tree.map(lambda s: s.sharding, state_shapes(config, self._model, steps))
-            options = compiler_options(self._model.mesh.devices.flat[0].platform)
+            options = compiler_options(self._model.mesh.devices.flat[0].platform, once=True)
             self._programs[alike] = jax.jit(start, out_shardings=placements, compiler_options=options)
         return self._programs[alike](self._base, given, np.int32(config.seed), settings(config, steps))
 
