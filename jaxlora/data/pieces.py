@@ -194,6 +194,11 @@ def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
 
 
 def _is_composed(text: str) -> bool:
+    """Whether NFC would leave a text as it is, by Python's tables.
+
+    They are newer than the tokenizer's, to which a letter that they do not know is one that nothing is done with: what
+    is composed by the newer ones is by the older ones too.
+    """
     return unicodedata.is_normalized("NFC", text)
 
 

@@ -1,6 +1,8 @@
 """Pieces of text: the shorter ways by which they are tokenised give what the longer ones do."""
 
-from itertools import product
+import sys
+import unicodedata
+from itertools import chain, product
 
 import pytest
 from hypothesis import given, settings
@@ -75,6 +77,18 @@ def test_shorter_ways_of_any_text(parts):
 
 
 SHORT, LONG = text_tokenizer(qwen_like()), with_offsets(text_tokenizer(qwen_like()))
+
+
+def test_what_python_calls_composed_the_tokenizer_leaves_as_it_is():
+    """Every character alone, and as a mark on a letter: the tables of the two may be of different years."""
+    normalize = normalizers.NFC().normalize_str
+    texts = (
+        text
+        for code in chain(range(0xD800), range(0xE000, sys.maxunicode + 1))
+        for text in (chr(code), "a" + chr(code))
+        if unicodedata.is_normalized("NFC", text)
+    )
+    assert not [text for text in texts if not text.isascii() and normalize(text) != text]
 
 
 def groups(text: TextTokenizer, content: str):
