@@ -37,9 +37,9 @@ class Piece(NamedTuple):
 class TextTokenizer:
     """Copies of a tokenizer to which special tokens are plain text; they share its vocabulary.
 
-    There are two, since some tokenizers (Metaspace "first") put a space before the first word of a text only: a piece
-    from the middle, handed over on its own, would look like a beginning to them. Where the tokenizer composes
-    characters (NFC), text that is composed already goes to a copy that does not, which takes a tenth less time.
+    One is for beginnings, since some tokenizers (Metaspace "first") put a space before the first word of a text only: a
+    piece from the middle, handed over on its own, would look like a beginning to them. Where the tokenizer composes
+    characters (NFC), text that is composed already goes to a copy that does not, which has less to do.
 
     Args:
         backend: the tokenizer.
@@ -144,11 +144,12 @@ class Queue:
         the model must produce to begin that answer. For the same reason the one space before an answer counts as its
         first character where spaces begin words: "▁3" is two pieces only because the vocabulary has no such word.
         """
-        if not piece.spans or piece.ticket is None:
+        if not piece.spans or piece.ticket is None or not self._offsets:
             return []
-        encoding, end = self._encoding(piece.ticket), len(piece.text)
-        group = piece.ticket[0]
-        if not group.offsets:
+        group, end = piece.ticket[0], len(piece.text)
+        if group.offsets:
+            encoding = self._encoding(piece.ticket)
+        else:
             # The text before the span has, alone, the ids with which the whole begins: as tokens stand for bytes, the
             # next one begins where the span does.
             ids, lead = self.ids(piece), self._lead(group.place, piece.text[: piece.spans[0][0]])

@@ -97,6 +97,14 @@ def groups(text: TextTokenizer, content: str):
     return {(group.composed, group.offsets) for group in queue._waiting}
 
 
+def test_a_queue_that_will_not_be_asked_for_spans_finds_none():
+    queue = Queue(text_tokenizer(metaspace().backend_tokenizer), offsets=False)
+    piece = queue.put("the hello cat", [(4, 9)], first=True)
+    queue.run()
+    assert queue.ids(piece)
+    assert queue.trained_ranges(piece) == []
+
+
 def test_composed_text_is_neither_normalised_nor_traced():
     assert groups(SHORT, "caf\u00e9") == {(True, False)}
     assert groups(SHORT, "cafe\u0301") == {(False, True)}
@@ -105,7 +113,7 @@ def test_composed_text_is_neither_normalised_nor_traced():
 
 
 def test_ids_of_a_lead_that_joins_its_content_do_not_tell_where_it_ends():
-    """ "a" and "b" are one token in "ab", and the token holds the first trained character."""
+    """One token may hold the end of the one and the beginning of the other, and is trained then."""
     ids, ranges = found(SHORT, "user hel", "lo the cat", "", False)
     alone = SHORT.ids("user hel", first=False)
     assert ids[: len(alone)] != alone  # what this test is about
