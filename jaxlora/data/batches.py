@@ -201,7 +201,8 @@ def encoded_chunks(source: Source, encoder: ChatEncoder) -> Iterator[tuple[int, 
     """Yields (first conversation, encodings) of `CHUNK` whole conversations at a time, in order.
 
     The tokenizer's own threads use every core, but Python's part before and after them uses one: two chunks at a time
-    fill that gap. Threads, not processes: forking a process that holds JAX's threads can hang.
+    fill that gap, unless there is no other part. Threads, not processes: forking a process that holds JAX's threads can
+    hang.
 
     Raises:
         InputError: a row that cannot be read, rendered or trained on, named by file and row number.
@@ -214,6 +215,9 @@ def encoded_chunks(source: Source, encoder: ChatEncoder) -> Iterator[tuple[int, 
             raise InputError(f"{source.where(start + error.index)}: {error.reason}") from None
 
     starts = iter(range(0, len(source), CHUNK))
+    if encoder.looks_up_words:
+        yield from ((start, encode(start)) for start in starts)
+        return
     with ThreadPoolExecutor(2, thread_name_prefix="tokenise") as pool:
         waiting: list[tuple[int, Future[list[Encoded]]]] = []
         waiting += [(s, pool.submit(encode, s)) for s in islice(starts, 3)]

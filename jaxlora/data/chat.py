@@ -120,8 +120,13 @@ class ChatEncoder:
             ends = [step.ids[0] for step in plan if isinstance(step, Piece) and step.trained] + ends
         return tuple(dict.fromkeys(ends))
 
+    @property
+    def looks_up_words(self) -> bool:
+        """Whether most of encoding is Python's, which one thread does at a time."""
+        return self._text.words is not None
+
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[Encoded]:
-        """Encodes conversations, and plain texts (every token trained, closed by eos), on all cores.
+        """Encodes conversations, and plain texts (every token trained, closed by eos).
 
         Raises:
             ConversationError: a conversation that cannot be encoded faithfully, or has nothing to train.

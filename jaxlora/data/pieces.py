@@ -1,6 +1,7 @@
 """Tokenising pieces of text as they would be tokenised within the whole, with nothing in them read as special."""
 
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,8 +10,14 @@ from typing import Any, Literal, NamedTuple
 from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.models import BPE
 
+from jaxlora.data.words import Words
+
 Place = Literal["first", "later", "document"]
 """Where a text stands: at a conversation's beginning, after something else, or alone."""
+
+
+FEW_CORES = 2
+"""Up to so many cores, looking up words by Python's one thread is faster than the tokenizer's own (docs/speed.md)."""
 
 
 class Group(NamedTuple):
@@ -18,6 +25,7 @@ class Group(NamedTuple):
 
     place: Place
     composed: bool
+    words: bool = False  # whose ids are looked up
     offsets: bool = False  # of characters
 
 
@@ -47,6 +55,7 @@ class TextTokenizer:
     Attributes:
         first, later: for what begins a text, and for what stands further in.
         composed: for composed text in either place; None where normalising is not NFC alone.
+        words: looks up the words of ASCII text; None where that is not how text is split, or not faster.
         spaces_begin_words: the tokenizer is of the sentencepiece kind, which takes a space for the beginning of the
             next word.
     """
@@ -71,11 +80,17 @@ class TextTokenizer:
         alone = state["normalizer"] == {"type": "NFC"} and not spaced
         alone = alone and all(_is_composed(token.content) for token in added)
         self.composed = _text_copy(backend, controls, {**state, "normalizer": None}) if alone else None
+        self.words = Words.of(self.composed) if self.composed is not None and _cores() <= FEW_CORES else None
+        self._added = [
+            token.content for token in added if not token.special and token.content not in controls
+        ]
         self._bytewise = _is_bytewise(backend.model, state["pre_tokenizer"], added)
         self._normalises = state["normalizer"] is not None
 
     def group(self, place: Place, text: str) -> Group:
         """Where a text belongs to, without offsets."""
+        if self.words and place != "document" and text.isascii() and not any(t in text for t in self._added):
+            return Group(place, composed=True, words=True)
         return Group(place, self.composed is not None and _is_composed(text))
 
     def of(self, group: Group) -> Tokenizer:
@@ -106,7 +121,7 @@ class Queue:
         self._text, self._offsets = text, offsets
         self._waiting: dict[Group, dict[str, int]] = {}
         self._encodings: dict[Group, list[Encoding]] = {}
-        self._ids: dict[Ticket, list[int]] = {}
+        self._ids: dict[Group, list[list[int]]] = {}
         self._leads: dict[tuple[Place, str], list[int]] = {}
 
     def put(self, text: str, spans: Sequence[tuple[int, int]], *, first: bool) -> Piece:
@@ -115,7 +130,7 @@ class Queue:
         if list(spans) == [(0, len(text))]:
             return Piece(text, ticket=self._ticket(group, text), trained=True)
         if spans and self._offsets and not self._ends_trained(group, text, spans):
-            group = group._replace(offsets=True)
+            group = group._replace(offsets=True, words=False)
         return Piece(text, ticket=self._ticket(group, text), spans=spans)
 
     def put_document(self, text: str) -> Piece:
@@ -123,19 +138,23 @@ class Queue:
         return Piece(text, ticket=self._ticket(self._text.group("document", text), text), trained=True)
 
     def run(self) -> None:
-        """Tokenises all that was put in, on the tokenizer's own threads."""
+        """Tokenises all that was put in: word by word, or on the tokenizer's own threads."""
         for group, texts in self._waiting.items():
-            tokenizer = self._text.of(group)
-            encode = tokenizer.encode_batch if group.offsets else tokenizer.encode_batch_fast
-            self._encodings[group] = encode(list(texts), add_special_tokens=group.place == "document")
+            tokenizer, document = self._text.of(group), group.place == "document"
+            if group.offsets:
+                self._encodings[group] = tokenizer.encode_batch(list(texts), add_special_tokens=document)
+            elif group.words and self._text.words is not None:
+                self._ids[group] = list(map(self._text.words.ids, texts))
+            else:
+                encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=document)
+                self._ids[group] = [encoding.ids for encoding in encodings]
 
     def ids(self, piece: Piece) -> Sequence[int]:
         """The ids of a piece."""
         if piece.ticket is None:
             return piece.ids
-        if piece.ticket not in self._ids:
-            self._ids[piece.ticket] = self._encoding(piece.ticket).ids
-        return self._ids[piece.ticket]
+        group, number = piece.ticket
+        return self._encodings[group][number].ids if group.offsets else self._ids[group][number]
 
     def trained_ranges(self, piece: Piece) -> list[tuple[int, int]]:
         """The tokens, as (first, one after the last), that hold at least one character of each span.
@@ -148,7 +167,7 @@ class Queue:
             return []
         group, end = piece.ticket[0], len(piece.text)
         if group.offsets:
-            encoding = self._encoding(piece.ticket)
+            encoding = self._encodings[group][piece.ticket[1]]
         else:
             # The text before the span has, alone, the ids with which the whole begins: as tokens stand for bytes, the
             # next one begins where the span does.
@@ -184,14 +203,16 @@ class Queue:
         texts = self._waiting.setdefault(group, {})
         return group, texts.setdefault(text, len(texts))
 
-    def _encoding(self, ticket: Ticket) -> Encoding:
-        return self._encodings[ticket[0]][ticket[1]]
-
 
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     """Matches any of the tokens, the longest where one begins with another; splitting by it keeps them."""
     alternatives = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
     return re.compile(f"({alternatives})" if alternatives else r"(?!)()")
+
+
+def _cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _is_composed(text: str) -> bool:

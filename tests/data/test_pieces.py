@@ -35,7 +35,7 @@ def text_tokenizer(backend: Tokenizer) -> TextTokenizer:
 
 def with_offsets(text: TextTokenizer) -> TextTokenizer:
     """The same, which normalises every text and asks for offsets wherever something is trained."""
-    text.composed, text._bytewise = None, False
+    text.composed, text.words, text._bytewise = None, None, False
     return text
 
 
