@@ -18,12 +18,22 @@ from filelock import FileLock
 _CACHES = tempfile.mkdtemp(prefix="jaxlora-tests-")
 atexit.register(shutil.rmtree, _CACHES, ignore_errors=True)
 ROOT = Path(__file__).resolve().parent.parent
+# Compiling is most of what these tests do, and each program runs a few times: without LLVM's optimisations and without
+# the emitters that go through MLIR it takes a third of the time. Flags that are given come later, and win; what is said
+# about a program's memory is said of the program that a user gets (the fixture `usual_fusions`).
+_XLA_FLAGS = " ".join(
+    (
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+    )
+)
 os.environ |= {
     # Scripts that a test starts find the package, installed or not.
     "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     "JAX_PLATFORMS": "cpu",
     "JAX_NUMPY_RANK_PROMOTION": "raise",
-    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip(),
+    "XLA_FLAGS": f"{_XLA_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip(),
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "HF_HUB_OFFLINE": "1",
     "HF_HOME": f"{_CACHES}/huggingface",
@@ -87,6 +97,20 @@ def smollm2(real, request) -> Path:
                 pytest.skip(f"SmolLM2 could not be built: {built.stderr.strip().splitlines()[-1]}")
             (folder / "complete").touch()
     return folder
+
+
+@pytest.fixture
+def usual_fusions(monkeypatch):
+    """What a test lowers and compiles is fused as a user's programs are, and has their buffers."""
+    from jax.stages import Lowered  # not before the settings above
+
+    compile_quickly = Lowered.compile
+
+    def compile_as_usual(lowered, compiler_options=None, **kwargs):
+        options = {"xla_cpu_use_fusion_emitters": True, **(compiler_options or {})}
+        return compile_quickly(lowered, compiler_options=options, **kwargs)
+
+    monkeypatch.setattr(Lowered, "compile", compile_as_usual)
 
 
 @pytest.fixture

@@ -144,6 +144,7 @@ def test_rows_of_two_blocks_make_no_scores_of_the_future():
     assert flops("sparse") == 0.75 * flops("plain")
 
 
+@pytest.mark.usefixtures("usual_fusions")
 def test_rows_of_two_blocks_are_computed_together_up_to_a_memory():
     """64 rows have 34 MB of scores for each of two blocks, which are then never there at once."""
 
@@ -325,6 +326,7 @@ def compiled(kind: str, time: int):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, Places(ids, ids)).compile()
 
 
+@pytest.mark.usefixtures("usual_fusions")
 @pytest.mark.parametrize("kind", ["blockwise", "sparse"])
 def test_memory_of_blocks_is_linear_in_the_length_of_a_row(kind):
     sizes = {time: compiled(kind, time) for time in (1024, 2048, 4096)}

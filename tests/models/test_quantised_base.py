@@ -324,6 +324,7 @@ def compiled(kind, remat, sizes=(1, 1, 1), length=32):
     return program, works.size_on_device(model.shapes()), works.size_on_device(state)
 
 
+@pytest.mark.usefixtures("usual_fusions")
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_train_step_is_given_bits_and_holds_a_layers_arrays_at_most(remat):

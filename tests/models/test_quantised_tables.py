@@ -333,6 +333,7 @@ def test_devices_are_sent_bits(name, sizes):
     assert max(size for dtype, size in sent if dtype in ("f32", "bf16")) < share // 4
 
 
+@pytest.mark.usefixtures("usual_fusions")
 @pytest.mark.parametrize("tables", KINDS)
 def test_the_train_step_is_given_bits_and_dequantises_one_table_alone(tables):
     """The head, once for all micro-batches and chunks; of the embedding, the rows that are looked up."""

@@ -5,6 +5,7 @@ import gc
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from jaxlora.config.build import programs
 from jaxlora.config.build.inputs import Model
@@ -51,6 +52,7 @@ def size(tree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.usefixtures("usual_fusions")
 def test_evaluating_with_metrics_runs_out_of_memory():
     """compiled eval memory <= compiled train-step memory with every metric on, and the same for 10 and for 10,000
     eval rows
@@ -93,6 +95,7 @@ def test_evaluating_with_metrics_runs_out_of_memory_however_many_rows(make_tiny,
     assert peaks[1] <= 3 * a_batch  # one under way, one being summed, one being placed
 
 
+@pytest.mark.usefixtures("usual_fusions")
 def test_label_smoothing_crashes_or_takes_three_vocabulary_sized_tensors():
     """chunked smoothed loss = dense formula, masks respected, peak memory within 10 % of no smoothing"""
     rows, time, width, vocabulary = 4, 512, 32, 32_768
@@ -112,6 +115,7 @@ def test_label_smoothing_crashes_or_takes_three_vocabulary_sized_tensors():
     assert peak(0.1) < rows * time * vocabulary * 4  # not one array of all logits, let alone three
 
 
+@pytest.mark.usefixtures("usual_fusions")
 def test_lora_scan_copies_the_base():
     """compiled train step: argument bytes = base + state + batch; temporary bytes don't contain the base"""
     length, rows = 16, 1

@@ -67,6 +67,7 @@ def test_early_stopping_fires_although_the_loss_falls_steadily():
 # ---- the best checkpoint ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_gone_or_overwritten_after_a_resume(fine_tune, lines, tmp_path, monkeypatch):
     """the adapter is saved as best at the very eval that found it; kill and resume at any step leaves best and curve
     bit-identical

@@ -90,6 +90,7 @@ def test_a_config_json_is_enough_and_the_numbers_are_the_compilers(compiled, fol
     assert "eval.generate is 0: a run would not compile generation" in out
 
 
+@pytest.mark.slow
 def test_a_base_in_four_bits_is_as_small_as_it_will_be(compiled):
     plain, four = (compiled("--devices", 1, model__quantize=kind)[3] for kind in ("none", "nf4"))
     kernels = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
@@ -98,6 +99,7 @@ def test_a_base_in_four_bits_is_as_small_as_it_will_be(compiled):
     assert saved == plain["parameters"] - four["parameters"]
 
 
+@pytest.mark.slow
 def test_embeddings_in_four_bits_are_as_small_as_they_will_be(compiled):
     plain, four = (compiled("--devices", 1, model__quantize_embeddings=kind)[3] for kind in ("none", "nf4"))
     values = 2 * 320 * 64

@@ -88,6 +88,7 @@ def test_each_base_matrix_is_multiplied_once_with_the_rows_of_all_trials():
     assert not re.search(rf"tensor<{slots}x(6x)?{SPEC.hidden_size}x{SPEC.intermediate_size}xf32>", text)
 
 
+@pytest.mark.usefixtures("usual_fusions")
 def test_arguments_are_one_base_the_states_and_one_batch(compiled):
     base, state = size(programs_model().shapes()), size(form().like)
     batch = MICRO * ROWS * LENGTH * 5 * 4
@@ -101,6 +102,7 @@ def programs_model() -> Model:
     return form().model
 
 
+@pytest.mark.usefixtures("usual_fusions")
 def test_temporaries_grow_with_the_trials_and_hold_no_base(compiled):
     base = size(programs_model().shapes())
     one, two, four = (compiled(slots).memory_analysis().temp_size_in_bytes for slots in (1, 2, 4))

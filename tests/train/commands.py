@@ -60,7 +60,7 @@ def nursery() -> Iterator["subprocess.Popen[str]"]:
     """What `Command` starts its commands from, one at a time; each sees one device."""
     root = NURSERY.parents[2]
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
         "PYTHONPATH": str(root),
     }
     with subprocess.Popen(

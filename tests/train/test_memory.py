@@ -204,6 +204,7 @@ def curves(workdir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k != "train/tokens_per_second"} for line in lines]
 
 
+@pytest.mark.slow
 def test_a_smaller_eval_batch_changes_no_number_and_no_config(project, run, call, tmp_path, monkeypatch):
     """Interrupted and resumed as well: the same bits as without."""
     workdir = tmp_path / "run"

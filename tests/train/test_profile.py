@@ -101,6 +101,7 @@ def leave_before(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], Non
     return lambda: monkeypatch.setattr(Batches, "batch", batch)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_to_leave_writes_what_it_has_and_goes_on_with_the_rest(
     project, call, tmp_path, monkeypatch
 ):
@@ -127,6 +128,7 @@ def test_a_run_that_is_asked_to_leave_writes_what_it_has_and_goes_on_with_the_re
     assert_same(profiled, plain, same_saves=False)
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_early_writes_what_it_has(project, call, tmp_path):
     ended = call([*project.arguments(tmp_path / "run", **STOPS_EARLY), "--profile", "5:60"])
     assert ended.code == 0

@@ -93,6 +93,7 @@ def test_it_is_evaluated_as_in_training_unless_asked_otherwise(run, call, loaded
     assert loaded == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "option"), [("nf4", "--quantize"), ("tables", "--quantize-embeddings")])
 def test_it_answers_with_the_base_that_it_was_trained_on_unless_asked_otherwise(
     run, call, loaded, project, name, option

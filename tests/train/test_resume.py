@@ -235,6 +235,7 @@ def test_all_checkpoints_cut_short(command, undisturbed, project, left):
     assert_same(left, undisturbed(SHAPE))
 
 
+@pytest.mark.slow
 def test_a_run_that_has_ended_is_left_alone(call, undisturbed, project, tmp_path):
     workdir = Path(shutil.copytree(undisturbed(SHAPE), tmp_path / "run"))
     before = contents(workdir)

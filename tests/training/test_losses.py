@@ -142,6 +142,7 @@ def test_bfloat16_stays_within_its_rounding():
     assert error < 2**-7
 
 
+@pytest.mark.usefixtures("usual_fusions")
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_memory_is_one_chunks_whatever_the_number_of_tokens(smoothing):
     vocabulary, width = 50_000, 32
@@ -161,6 +162,7 @@ def test_memory_is_one_chunks_whatever_the_number_of_tokens(smoothing):
     assert long - short < 3 * (4096 - 512) * width * 4  # what grows is hidden states and their gradient
 
 
+@pytest.mark.usefixtures("usual_fusions")
 def test_a_chunk_has_its_logits_once():
     """In float32, and their slope in bfloat16: exponentials take the logits' place (on a CPU, as the step asks)."""
     rows, time, vocabulary, width = 4, 256, 50_000, 32
@@ -175,6 +177,7 @@ def test_a_chunk_has_its_logits_once():
     assert compiled.memory_analysis().temp_size_in_bytes < 1.05 * CHUNK * vocabulary * (4 + 2)
 
 
+@pytest.mark.usefixtures("usual_fusions")
 def test_smoothing_costs_no_memory():
     def temporary_bytes(smoothing):
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in problem(2, 512, 32, 20_000)]
@@ -240,6 +243,7 @@ def test_equal_logits_are_not_above_each_other():
     np.testing.assert_allclose(found.entropy, np.log(40), rtol=1e-6)
 
 
+@pytest.mark.usefixtures("usual_fusions")
 def test_all_metrics_are_made_in_the_pass_that_makes_the_loss():
     """No array of a chunk's logits is written beyond those of the loss alone, and none is read more often but once."""
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in problem(2, 256, 32, 32_768)]

@@ -184,6 +184,7 @@ def compile_full_size(rows: int, time: int, remat: str = "full", train: bool = T
     return lowered.compile(compiler_options=compiler_options("cpu")), size
 
 
+@pytest.mark.usefixtures("usual_fusions")
 def test_the_full_size_step_never_holds_all_logits():
     compiled, _ = compile_full_size(8, 1024)
     logits = 8 * 1024 * QWEN_05B.vocab_size
@@ -200,6 +201,7 @@ def test_the_full_size_step_never_holds_all_logits():
     assert compiled.memory_analysis().temp_size_in_bytes < logits * 4
 
 
+@pytest.mark.usefixtures("usual_fusions")
 def test_the_base_is_an_argument_and_never_copied():
     compiled, base_bytes = compile_full_size(1, 64)
     memory = compiled.memory_analysis()
@@ -210,6 +212,7 @@ def test_the_base_is_an_argument_and_never_copied():
     assert memory.temp_size_in_bytes < 0.5 * base_bytes
 
 
+@pytest.mark.usefixtures("usual_fusions")
 def test_evaluation_needs_no_more_memory_than_training():
     train, _ = compile_full_size(8, 1024)
     evaluate, _ = compile_full_size(8, 1024, train=False)
