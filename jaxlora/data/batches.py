@@ -215,7 +215,7 @@ def encoded_chunks(source: Source, encoder: ChatEncoder) -> Iterator[tuple[int, 
             raise InputError(f"{source.where(start + error.index)}: {error.reason}") from None
 
     starts = iter(range(0, len(source), CHUNK))
-    if encoder.looks_up_words:
+    if encoder.looks_up(source.conversations(0, min(CHUNK, len(source)))):
         yield from ((start, encode(start)) for start in starts)
         return
     with ThreadPoolExecutor(2, thread_name_prefix="tokenise") as pool:

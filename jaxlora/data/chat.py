@@ -120,10 +120,10 @@ class ChatEncoder:
             ends = [step.ids[0] for step in plan if isinstance(step, Piece) and step.trained] + ends
         return tuple(dict.fromkeys(ends))
 
-    @property
-    def looks_up_words(self) -> bool:
-        """Whether most of encoding is Python's, which one thread does at a time."""
-        return self._text.words is not None
+    def looks_up(self, conversations: Sequence[Conversation]) -> bool:
+        """Whether to encode most of these is Python's work, which one thread does at a time."""
+        plain = sum(str(row).isascii() for row in conversations)
+        return self._text.words is not None and 2 * plain > len(conversations)
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[Encoded]:
         """Encodes conversations, and plain texts (every token trained, closed by eos).

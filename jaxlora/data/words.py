@@ -76,7 +76,7 @@ class _Known(dict[str, Sequence[int]]):
 def as_python(expression: str) -> re.Pattern[str] | None:
     """A tokenizer's regular expression (Oniguruma's) as one of Python's that matches the same of ASCII text.
 
-    None where it has anything that is not known to mean the same to both.
+    None where it has anything that is not known to mean the same to both, or matches nothing, between characters.
     """
     if _ALIKE.fullmatch(expression) is None:
         return None
@@ -86,6 +86,7 @@ def as_python(expression: str) -> re.Pattern[str] | None:
         letters = _ASCII.get(part, part)
         parts.append(letters if within or part not in _ASCII else f"[{letters}]")
     try:
-        return re.compile("".join(parts), re.ASCII)
+        pattern = re.compile("".join(parts), re.ASCII)
     except re.error:
         return None
+    return None if pattern.match("") else pattern

@@ -1,15 +1,17 @@
 """Looking up words gives the ids that the tokenizer gives, and is done only where text is split as it assumes."""
 
 import json
+import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
-from jaxlora.data import pieces, words
+from jaxlora.data import batches, pieces, words
 from jaxlora.data.chat import ChatEncoder, load_tokenizer
 from jaxlora.data.pieces import Queue, TextTokenizer
+from jaxlora.data.sources import load_conversations
 from jaxlora.data.words import Words, as_python
 from tests.data.conftest import byte_level
 
@@ -76,6 +78,7 @@ def test_ids_are_those_of_the_tokenizer(expression, text):
     [
         r"\p{Lu}+", r"\w+", r"^ \p{L}", r"\p{L}+$", r"\p{L}++", r"\p{L}+?", r"(\p{L})+", r"(?>\p{L}+)", r"[a[b]]+",
         r"[a&&b]+", r"[a-z]+", r"(?<=a)b", "[]a]", "a{2}{3}", "(?!", "a|*",
+        r"\p{L}*", r"\s+|(?!a)",
     ],
 )  # fmt: skip
 def test_expressions_that_may_mean_something_else_are_not_taken(expression):
@@ -137,6 +140,27 @@ def test_text_with_other_letters_or_tokens_of_its_own_is_left_to_the_tokenizer(m
     others, where = queued(composing(), *TEXTS)
     assert not any(where)
     assert ids == others
+
+
+@pytest.mark.parametrize(
+    ("cores", "content", "alone"), [(2, "the hello cat", True), (2, "caf\u00e9", False), (64, "the", False)]
+)
+def test_one_thread_encodes_what_python_does_and_more_the_rest(cores, content, alone, monkeypatch, write):
+    monkeypatch.setattr(pieces, "_cores", lambda: cores)
+    monkeypatch.setattr(batches, "CHUNK", 2)
+    threads = set()
+
+    class Watched(ChatEncoder):
+        def encode_batch(self, conversations):
+            threads.add(threading.current_thread() is threading.main_thread())
+            return super().encode_batch(conversations)
+
+    wrapped = byte_level()
+    wrapped._tokenizer = composing()
+    source = load_conversations(write("d.jsonl", *({"text": content + " the" * n} for n in range(5))))
+    found = dict(batches.encoded_chunks(source, Watched(wrapped)))
+    assert threads == {alone}
+    assert [len(chunk) for chunk in found.values()] == [2, 2, 1]
 
 
 def test_real_conversations(real, monkeypatch):
