@@ -122,7 +122,7 @@ class ChatEncoder:
 
     def looks_up(self, conversations: Sequence[Conversation]) -> bool:
         """Whether to encode most of these is Python's work, which one thread does at a time."""
-        plain = sum(str(row).isascii() for row in conversations)
+        plain = sum(not isinstance(row, str) and str(row).isascii() for row in conversations)
         return self._text.words is not None and 2 * plain > len(conversations)
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[Encoded]:

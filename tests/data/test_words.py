@@ -143,9 +143,17 @@ def test_text_with_other_letters_or_tokens_of_its_own_is_left_to_the_tokenizer(m
 
 
 @pytest.mark.parametrize(
-    ("cores", "content", "alone"), [(2, "the hello cat", True), (2, "caf\u00e9", False), (64, "the", False)]
+    ("cores", "content", "document", "alone"),
+    [
+        (2, "the hello cat", False, True),
+        (2, "the hello cat", True, False),
+        (2, "caf\u00e9", False, False),
+        (64, "the", False, False),
+    ],
 )
-def test_one_thread_encodes_what_python_does_and_more_the_rest(cores, content, alone, monkeypatch, write):
+def test_one_thread_encodes_what_python_does_and_more_the_rest(
+    cores, content, document, alone, monkeypatch, write, talk
+):
     monkeypatch.setattr(pieces, "_cores", lambda: cores)
     monkeypatch.setattr(batches, "CHUNK", 2)
     threads = set()
@@ -157,7 +165,9 @@ def test_one_thread_encodes_what_python_does_and_more_the_rest(cores, content, a
 
     wrapped = byte_level()
     wrapped._tokenizer = composing()
-    source = load_conversations(write("d.jsonl", *({"text": content + " the" * n} for n in range(5))))
+    texts = [content + " the" * n for n in range(5)]
+    rows = [{"text": text} if document else {"messages": talk("hello", text)} for text in texts]
+    source = load_conversations(write("d.jsonl", *rows))
     found = dict(batches.encoded_chunks(source, Watched(wrapped)))
     assert threads == {alone}
     assert [len(chunk) for chunk in found.values()] == [2, 2, 1]
